@@ -1,0 +1,77 @@
+# make train   the main job: set up what is missing, then the reference run (ARGS="--seed 2" passes arguments on)
+# make test    lint, C++ tests, Python tests
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PACKAGES := g++ make cmake ninja-build doctest-dev libnuma1
+PYTHON_SOURCES := kimisys bench tests examples setup.py
+CPP_SOURCES = $(shell find csrc bindings tests/cpp -name '*.cpp' -o -name '*.h')
+ARGS ?=
+
+.PHONY: setup train test test-cpp test-python bench lint format clean help
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: .venv/.packages .venv/.extension  ## Debian packages (as root), a .venv with pinned packages, the extension
+
+train: setup  ## Train: a short SFT, then RL, of a small Qwen3 on arithmetic (ARGS="--help" lists the options)
+	$(BIN)/kimisys train $(ARGS)
+
+test: lint test-cpp test-python  ## Everything that CI checks
+
+test-cpp: setup  ## The C++ tests, built by CMake alone
+	@cmake -S . -B build/tests -G Ninja -DKIMISYS_TESTS=ON -DKIMISYS_PYTHON=OFF >build/cmake-tests.log 2>&1 \
+	  || { cat build/cmake-tests.log; exit 1; }
+	@cmake --build build/tests
+	ctest --test-dir build/tests --output-on-failure
+
+test-python: setup  ## The Python tests (ARGS="-k digest" selects)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup  ## The microbenchmarks (ARGS="reshard --json FILE")
+	$(BIN)/python -m bench $(ARGS)
+
+lint: setup  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+format: setup  ## Format Python and C++ in place
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+clean:  ## Remove what was built (not the .venv)
+	rm -rf build kimisys/_core*.so
+
+# Debian packages: installed when root, named otherwise.
+.venv/.packages: Makefile
+	@mkdir -p .venv build
+	@missing=""; for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+	  if [ "$$(id -u)" = 0 ]; then \
+	    echo "installing$$missing"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >build/apt.log 2>&1 \
+	      || { cat build/apt.log; exit 1; }; \
+	  else echo "missing Debian packages; as root: apt-get install$$missing"; exit 1; fi; fi
+	@touch $@
+
+# torch first and alone (the CPU build); everything else is pinned, so nothing is resolved again.
+.venv/.requirements: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "the pinned packages need Python 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@echo "installing the pinned packages (about 2 minutes, 3.4 GB)"
+	@$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements.txt
+	@touch $@
+
+.venv/.extension: .venv/.packages .venv/.requirements setup.py pyproject.toml CMakeLists.txt $(shell find csrc bindings -type f)
+	@echo "building the extension"
+	@mkdir -p build
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . >build/extension.log 2>&1 \
+	  || { cat build/extension.log; exit 1; }
+	@touch $@

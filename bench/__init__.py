@@ -1,0 +1,1 @@
+"""Microbenchmarks, one file for each primitive. `python -m bench` lists them."""

@@ -1,0 +1,75 @@
+"""`python -m bench` lists the benchmarks, `python -m bench NAME` runs one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import bench
+from bench.harness import Record, machine, measure
+
+
+def names() -> list[str]:
+    """The benchmarks: every module here that defines `cases`."""
+    found = (m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in {"__main__", "harness"})
+    return sorted(found)
+
+
+def run(
+    name: Annotated[str, tyro.conf.Positional] = "",
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    repeats: int = 9,
+) -> int:
+    """Run the benchmark NAME; without a name, list what there is.
+
+    Every case checks its answer, then times ours and its peer alternately. Exit status 1: a wrong answer.
+
+    Args:
+        name: Which benchmark.
+        json_file: Also write the records to this file.
+        repeats: Timed runs of each side.
+    """
+    console = Console()
+    if not name:
+        for each in names():
+            summary = (importlib.import_module(f"bench.{each}").__doc__ or "").partition("\n")[0]
+            console.print(f"  {each:<12}{summary}", highlight=False)
+        return 0
+    if name not in names():
+        console.print(f"there is no benchmark {name!r}; there are: {', '.join(names())}")
+        return 2
+    records = []
+    for case in importlib.import_module(f"bench.{name}").cases():
+        with console.status(case.name):
+            records.append(measure(name, case, repeats))
+    console.print(_table(records))
+    console.print(f"{machine()}; medians of {repeats} interleaved runs, extremes in brackets", highlight=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n")
+    return 0 if all(record.correct for record in records) else 1
+
+
+def _table(records: list[Record]) -> Table:
+    table = Table(box=None, padding=(0, 2))
+    for column, justify in (("case", "left"), ("kimisys", "right"), ("peer", "right"), ("", "left"), ("ratio", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for r in records:
+        if not r.correct:
+            table.add_row(r.case, "[red]wrong answer[/]", "", r.peer, "")
+            continue
+        own = f"{r.value:.2f} {r.unit} [{r.low:.2f} {r.high:.2f}]".replace("[", "\\[")
+        table.add_row(r.case, own, f"{r.peer_value:.2f} {r.unit}", r.peer, f"{r.ratio:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(run, prog="python -m bench"))

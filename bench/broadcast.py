@@ -1,0 +1,84 @@
+"""Publishing and pulling: digest, and snapshot to subscriber, against one memcpy of the same bytes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from bench.harness import Case
+from bench.reshard import MIB, matrix
+from kimisys.broadcast import Publisher, Subscriber, connect, digest, snapshot_layout
+
+
+def digesting(dtype: str, total: int) -> Case:
+    """The digest of one matrix, against numpy's copy of the same bytes on one thread."""
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    layout = matrix(total // (1024 * size), 1024, dtype, 0, 1, axis=0)
+    data = np.random.default_rng(0).integers(0, 255, total, np.uint8)
+    other = np.zeros_like(data)
+    halves = matrix(total // (1024 * size), 1024, dtype, 0, 2, axis=0)
+    split = {(0, "w"): data[: total // 2], (1, "w"): data[total // 2 :]}
+    results: list[np.ndarray] = []
+
+    def ours() -> None:
+        results[:] = [digest(layout, {(0, "w"): data})]
+
+    return Case(
+        f"digest, {dtype}, {total // MIB} MiB",
+        ours,
+        "numpy copyto (one thread)",
+        lambda: np.copyto(other, data),
+        lambda: bool((results[0] == digest(halves, split)).all()),
+        total,
+    )
+
+
+def publish_and_pull(total: int) -> Iterator[Case]:
+    """Two row shards published, pulled into column shards and verified on both sides."""
+    columns = 1024
+    rows = total // (2 * columns)
+    live = matrix(rows, columns, "bfloat16", 0, 2, axis=0)
+    wanted = matrix(rows, columns, "bfloat16", 0, 1, axis=1)
+    data = np.random.default_rng(0).integers(0, 255, total, np.uint8)
+    buffers = {(0, "w"): data[: total // 2], (1, "w"): data[total // 2 :]}
+    landed, other = np.zeros_like(data), np.zeros_like(data)
+    snapshots = snapshot_layout(live, "bfloat16")
+    versions = count(1)
+    with tempfile.TemporaryDirectory() as folder:
+        addresses = [Path(folder) / f"rank{rank}" for rank in range(2)]
+        publishers = [
+            Publisher(live.of_rank(rank), snapshots, rank, address)
+            for rank, address in enumerate(addresses)
+        ]
+        for publisher in publishers:
+            publisher.publish(0, buffers)
+        with connect(addresses, timeout_seconds=10) as peers:
+            subscriber = Subscriber(peers, wanted, rank=0)
+
+            def ours() -> None:
+                version = next(versions)
+                for publisher in publishers:
+                    publisher.publish(version, buffers)
+                subscriber.pull(version, {(0, "w"): landed})
+
+            yield Case(
+                f"publish + pull, verified, {total // MIB} MiB",
+                ours,
+                "numpy copyto (one thread)",
+                lambda: np.copyto(other, data),
+                lambda: bool((landed == data).all()),
+                total,
+            )
+        for publisher in publishers:
+            publisher.close()
+
+
+def cases() -> Iterator[Case]:
+    """What `python -m bench broadcast` runs."""
+    yield digesting("bfloat16", 256 * MIB)
+    yield digesting("float32", 256 * MIB)
+    yield from publish_and_pull(256 * MIB)

@@ -1,0 +1,12 @@
+// One function per primitive; module.cpp calls them in order.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace kimisys::bindings {
+
+void bind_errors(pybind11::module_& module);
+void bind_reshard(pybind11::module_& module);
+void bind_broadcast(pybind11::module_& module);
+
+}  // namespace kimisys::bindings

@@ -1,0 +1,280 @@
+#include <pybind11/operators.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <sstream>
+
+#include "base/error.h"
+#include "bindings.h"
+#include "memory.h"
+#include "reshard/execute.h"
+#include "reshard/layout.h"
+#include "reshard/plan.h"
+
+namespace py = pybind11;
+
+namespace kimisys::bindings {
+namespace {
+
+using namespace reshard;  // NOLINT: a binding file names nearly all of it
+
+template <typename T>
+std::string repr(const T& value) {
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+
+py::tuple as_tuple(const Dims& dims) { return py::tuple(py::cast(dims)); }
+
+// A table of the layout as a tuple of values.
+template <typename T>
+py::tuple as_tuple(const std::vector<T>& items) {
+  py::tuple tuple(items.size());
+  for (std::size_t i = 0; i < items.size(); ++i) tuple[i] = py::cast(items[i]);
+  return tuple;
+}
+
+// Read-only properties for a member that is a Dims or a DType.
+template <typename T>
+auto dims_of(Dims T::* member) {
+  return [member](const T& self) { return as_tuple(self.*member); };
+}
+
+template <typename T>
+auto dtype_of(DType T::* member) {
+  return [member](const T& self) { return std::string(dtype_name(self.*member)); };
+}
+
+// __repr__, __eq__ and a __hash__ that agrees with it, from the printed form.
+template <typename T>
+void bind_value(py::class_<T>& type) {
+  type.def("__repr__", &repr<T>).def(py::self == py::self).def("__hash__", [](const T& self) {
+    return py::hash(py::str(repr(self)));
+  });
+}
+
+void bind_tables(py::module_& module) {
+  py::class_<Tensor> tensor(module, "Tensor",
+                            "A logical parameter in checkpoint coordinates: name, dtype, shape.");
+  tensor
+      .def(py::init([](std::string name, const std::string& dtype, Dims shape) {
+             return Tensor{std::move(name), parse_dtype(dtype), std::move(shape)};
+           }),
+           py::arg("name"), py::arg("dtype"), py::arg("shape"))
+      .def_readonly("name", &Tensor::name)
+      .def_property_readonly("dtype", dtype_of(&Tensor::dtype))
+      .def_property_readonly("shape", dims_of(&Tensor::shape))
+      .def_property_readonly("elements", &Tensor::elements)
+      .def_property_readonly(
+          "nbytes", [](const Tensor& self) { return self.elements() * itemsize(self.dtype); });
+  bind_value(tensor);
+
+  py::class_<Region> region(module, "Region",
+                            "An N-d box of a tensor, in elements: offset and extent.");
+  region
+      .def(py::init([](Dims offset, Dims extent) {
+             KIMISYS_CHECK(offset.size() == extent.size(), ErrorCode::kLayout, "a region has ",
+                           offset.size(), " offsets and ", extent.size(), " extents");
+             return Region{std::move(offset), std::move(extent)};
+           }),
+           py::arg("offset"), py::arg("extent"))
+      .def_property_readonly("offset", dims_of(&Region::offset))
+      .def_property_readonly("extent", dims_of(&Region::extent))
+      .def_property_readonly("elements", &Region::elements);
+  bind_value(region);
+
+  py::class_<Buffer> buffer(module, "Buffer", "A named piece of one rank's memory.");
+  buffer
+      .def(py::init([](std::int64_t rank, std::string name, std::int64_t nbytes) {
+             return Buffer{rank, std::move(name), nbytes};
+           }),
+           py::arg("rank"), py::arg("name"), py::arg("nbytes"))
+      .def_readonly("rank", &Buffer::rank)
+      .def_readonly("name", &Buffer::name)
+      .def_readonly("nbytes", &Buffer::nbytes);
+  bind_value(buffer);
+}
+
+void bind_parts(py::module_& module) {
+  py::class_<Fragment> fragment(
+      module, "Fragment",
+      "Where one rank stores one region of a tensor. byte_strides has one entry per tensor\n"
+      "dimension, each >= 0; byte_offset is that of the region's corner.");
+  fragment
+      .def(py::init([](std::string tensor, Region region, std::int64_t rank, std::string name,
+                       std::int64_t byte_offset, Dims byte_strides) {
+             return Fragment{std::move(tensor), std::move(region), rank,
+                             std::move(name),   byte_offset,       std::move(byte_strides)};
+           }),
+           py::arg("tensor"), py::arg("region"), py::arg("rank"), py::arg("buffer"),
+           py::arg("byte_offset"), py::arg("byte_strides"))
+      .def_readonly("tensor", &Fragment::tensor)
+      .def_readonly("region", &Fragment::region)
+      .def_readonly("rank", &Fragment::rank)
+      .def_readonly("buffer", &Fragment::buffer)
+      .def_readonly("byte_offset", &Fragment::byte_offset)
+      .def_property_readonly("byte_strides", dims_of(&Fragment::byte_strides));
+  bind_value(fragment);
+
+  py::class_<Padding> padding(
+      module, "Padding",
+      "Bytes of a buffer that hold no tensor element; written with zeros at a destination.");
+  padding
+      .def(py::init([](std::int64_t rank, std::string name, std::int64_t byte_offset,
+                       std::int64_t nbytes) {
+             return Padding{rank, std::move(name), byte_offset, nbytes};
+           }),
+           py::arg("rank"), py::arg("buffer"), py::arg("byte_offset"), py::arg("nbytes"))
+      .def_readonly("rank", &Padding::rank)
+      .def_readonly("buffer", &Padding::buffer)
+      .def_readonly("byte_offset", &Padding::byte_offset)
+      .def_readonly("nbytes", &Padding::nbytes);
+  bind_value(padding);
+
+  py::class_<Place> place(module, "Place", "Where a rank runs.");
+  place
+      .def(py::init([](std::int64_t rank, std::int64_t node, std::int64_t device,
+                       std::int64_t nic) { return Place{rank, node, device, nic}; }),
+           py::arg("rank"), py::arg("node") = 0, py::arg("device") = 0, py::arg("nic") = 0)
+      .def_readonly("rank", &Place::rank)
+      .def_readonly("node", &Place::node)
+      .def_readonly("device", &Place::device)
+      .def_readonly("nic", &Place::nic);
+  bind_value(place);
+}
+
+using SharedLayout = std::shared_ptr<const Layout>;
+
+void bind_layout(py::module_& module) {
+  py::class_<Layout, std::shared_ptr<Layout>>(
+      module, "Layout",
+      "All fragments of one side, validated at construction (LayoutError) and frozen.\n"
+      "tensors are sorted by name, buffers by (rank, name), places by rank; fragments and\n"
+      "padding keep the order given.")
+      .def(py::init<std::vector<Tensor>, std::vector<Buffer>, std::vector<Fragment>,
+                    std::vector<Padding>, std::vector<Place>>(),
+           py::arg("tensors"), py::arg("buffers"), py::arg("fragments"),
+           py::arg("padding") = py::tuple(), py::arg("places") = py::tuple())
+      .def_property_readonly("tensors", [](const Layout& self) { return as_tuple(self.tensors()); })
+      .def_property_readonly("buffers", [](const Layout& self) { return as_tuple(self.buffers()); })
+      .def_property_readonly("fragments",
+                             [](const Layout& self) { return as_tuple(self.fragments()); })
+      .def_property_readonly("padding", [](const Layout& self) { return as_tuple(self.padding()); })
+      .def_property_readonly("places", [](const Layout& self) { return as_tuple(self.places()); })
+      .def_property_readonly("ranks", [](const Layout& self) { return as_tuple(self.ranks()); })
+      .def_static("merge", &Layout::merge, py::arg("layouts"),
+                  "The union of layouts that agree on shared tensors; LayoutError otherwise.")
+      .def("of_rank", &Layout::of_rank, py::arg("rank"),
+           "One rank's buffers, fragments, padding and place, with the whole tensor table.")
+      .def("cover", &Layout::cover,
+           "Fragments trimmed so that each element held is held once; no padding.")
+      .def("to_json", &Layout::to_json, "The text form, one JSON object.")
+      .def_static("from_json", &Layout::from_json, py::arg("text"),
+                  "Reads to_json's text; whatever is malformed raises LayoutError.")
+      .def("__repr__", &repr<Layout>)
+      .def(py::self == py::self)
+      .def("__hash__", [](const Layout& self) { return py::hash(py::str(self.to_json())); });
+}
+
+void bind_copy(py::module_& module) {
+  py::class_<Copy> copy(module, "Copy",
+                        "One strided copy. Offsets are those of the region's corner, in bytes.");
+  copy.def_readonly("source_fragment", &Copy::source_fragment)
+      .def_readonly("destination_fragment", &Copy::destination_fragment)
+      .def_readonly("tensor", &Copy::tensor)
+      .def_readonly("region", &Copy::region)
+      .def_property_readonly("extent",
+                             [](const Copy& self) { return as_tuple(self.region.extent); })
+      .def_readonly("source_rank", &Copy::source_rank)
+      .def_readonly("source_buffer", &Copy::source_buffer)
+      .def_readonly("source_offset", &Copy::source_offset)
+      .def_property_readonly("source_strides", dims_of(&Copy::source_strides))
+      .def_property_readonly("source_dtype", dtype_of(&Copy::source_dtype))
+      .def_readonly("destination_rank", &Copy::destination_rank)
+      .def_readonly("destination_buffer", &Copy::destination_buffer)
+      .def_readonly("destination_offset", &Copy::destination_offset)
+      .def_property_readonly("destination_strides", dims_of(&Copy::destination_strides))
+      .def_property_readonly("destination_dtype", dtype_of(&Copy::destination_dtype));
+  bind_value(copy);
+
+  py::class_<Proof> proof(module, "Proof", "What was established about a plan, in numbers.");
+  proof.def_readonly("destination_bytes", &Proof::destination_bytes)
+      .def_readonly("copied_bytes", &Proof::copied_bytes)
+      .def_readonly("padding_bytes", &Proof::padding_bytes)
+      .def_readonly("copies", &Proof::copies);
+  bind_value(proof);
+}
+
+void execute_from_python(const Plan& plan, const py::object& sources,
+                         const py::object& destinations, std::int64_t threads,
+                         const std::optional<std::string>& implementation) {
+  KIMISYS_CHECK(threads >= 0, ErrorCode::kLayout, "threads is ", threads,
+                "; give a positive number, or 0 for all that the process may use");
+  const HeldBuffers from(plan.source(), sources, "source");
+  const HeldBuffers to(plan.destination(), destinations, "destination");
+  const py::gil_scoped_release release;
+  execute(plan, from.map(), to.map(),
+          {static_cast<std::size_t>(threads), implementation.value_or("")});
+}
+
+void bind_plan(py::module_& module) {
+  py::class_<Plan>(module, "Plan",
+                   "The copies from a source layout to a destination layout, proven to write each\n"
+                   "destination byte exactly once.")
+      .def_property_readonly("source", [](const Plan& self) { return self.source(); })
+      .def_property_readonly("destination", [](const Plan& self) { return self.destination(); })
+      .def_property_readonly("copies",
+                             [](const Plan& self) {
+                               std::vector<Copy> copies;
+                               for (std::size_t i = 0; i < self.steps().size(); ++i) {
+                                 copies.push_back(self.copy(i));
+                               }
+                               return copies;
+                             })
+      .def_property_readonly("nbytes", &Plan::nbytes,
+                             "Bytes of tensor elements written; padding is not counted.")
+      .def_property_readonly("proof", &Plan::proof)
+      .def("of_rank", &Plan::of_rank, py::arg("destination_rank"),
+           "The part that fills one destination rank.")
+      .def("execute", &execute_from_python, py::arg("sources"), py::arg("destinations"),
+           py::arg("threads") = 0, py::arg("implementation") = std::nullopt,
+           "Fills the destination buffers. Both mappings go from (rank, buffer name) to any\n"
+           "C-contiguous buffer of exactly the layout's size; sources that the plan does not read\n"
+           "may be absent. Presence, sizes, writability and overlap are checked before any byte\n"
+           "is written (BufferMismatchError). Releases the GIL. threads 0 means all that the\n"
+           "process may use; implementation is one of implementations().")
+      .def("__repr__", &repr<Plan>);
+  module.def(
+      "plan",
+      [](const Layout& source, const Layout& destination) {
+        auto from = std::make_shared<const Layout>(source);
+        auto to = std::make_shared<const Layout>(destination);
+        const py::gil_scoped_release release;
+        return make_plan(std::move(from), std::move(to));
+      },
+      py::arg("source"), py::arg("destination"),
+      "Plans the copies that fill `destination` from `source` and proves them; PlanError names\n"
+      "tensor, region and ranks when that is impossible.");
+  module.def(
+      "prove",
+      [](const Plan& plan) { return prove(plan.source(), plan.destination(), plan.steps()); },
+      py::arg("plan"), "Checks a plan anew, independently of the planner; raises PlanError.");
+  module.def("implementations", &implementations,
+             "Names of the executor's implementations, the default first. The environment\n"
+             "variable KIMISYS_RESHARD_IMPLEMENTATION or the argument of execute forces one.");
+}
+
+}  // namespace
+
+void bind_reshard(py::module_& module) {
+  py::module_ reshard = module.def_submodule("reshard", "Layouts, plans and their execution.");
+  bind_tables(reshard);
+  bind_parts(reshard);
+  bind_layout(reshard);
+  bind_copy(reshard);
+  bind_plan(reshard);
+}
+
+}  // namespace kimisys::bindings

@@ -1,0 +1,102 @@
+// From two layouts to the copies that fill one from the other, with the proof that every
+// destination byte is written exactly once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iosfwd>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "reshard/layout.h"
+
+namespace kimisys::reshard {
+
+// The compact form of one copy: which fragments, and which region of the tensor. Everything else
+// follows from the two layouts.
+struct Step {
+  std::size_t source_fragment = 0;
+  std::size_t destination_fragment = 0;
+  Region region;
+
+  bool operator==(const Step&) const = default;
+};
+
+// The spelled-out form of one copy. Offsets are those of the region's corner; strides in bytes.
+struct Copy {
+  std::size_t source_fragment = 0;
+  std::size_t destination_fragment = 0;
+  std::string tensor;
+  Region region;
+  std::int64_t source_rank = 0;
+  std::string source_buffer;
+  std::int64_t source_offset = 0;
+  Dims source_strides;
+  DType source_dtype = DType::kFloat32;
+  std::int64_t destination_rank = 0;
+  std::string destination_buffer;
+  std::int64_t destination_offset = 0;
+  Dims destination_strides;
+  DType destination_dtype = DType::kFloat32;
+
+  bool operator==(const Copy&) const = default;
+};
+
+// What prove() established. destination_bytes == copied_bytes + padding_bytes.
+struct Proof {
+  std::int64_t destination_bytes = 0;
+  std::int64_t copied_bytes = 0;
+  std::int64_t padding_bytes = 0;
+  std::int64_t copies = 0;
+
+  bool operator==(const Proof&) const = default;
+};
+
+// Checks, without the planner's own bookkeeping, that the steps read only what the source holds and
+// that steps and padding write each byte of each destination buffer exactly once. Raises PlanError
+// naming tensor, region and ranks.
+Proof prove(const Layout& source, const Layout& destination, const std::vector<Step>& steps);
+
+class Plan {
+ public:
+  // Proves the steps: a Plan that exists has passed. Raises PlanError.
+  Plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination,
+       std::vector<Step> steps);
+
+  const Layout& source() const { return *source_; }
+  const Layout& destination() const { return *destination_; }
+  const std::shared_ptr<const Layout>& shared_source() const { return source_; }
+  const std::shared_ptr<const Layout>& shared_destination() const { return destination_; }
+  const std::vector<Step>& steps() const { return steps_; }
+  const Proof& proof() const { return proof_; }
+
+  // Bytes of tensor elements written at the destination; padding is not counted.
+  std::int64_t nbytes() const { return proof_.copied_bytes; }
+
+  Copy copy(std::size_t step) const;
+
+  // The part that fills one destination rank. Raises PlanError if the destination has no such rank.
+  Plan of_rank(std::int64_t destination_rank) const;
+
+ private:
+  std::shared_ptr<const Layout> source_;
+  std::shared_ptr<const Layout> destination_;
+  std::vector<Step> steps_;
+  Proof proof_;
+};
+
+// Plans an interval join per tensor. Of several replicas the source is chosen by same device, then
+// same node, then fewest bytes planned so far from its rank; ties go to the lower fragment index,
+// so the plan depends on nothing but the layouts. Raises PlanError (see prove, and unknown or
+// misshapen tensors, elements without a source, unsupported casts).
+Plan make_plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination);
+
+// "[0, 1, 2]", shortened when long.
+std::string ranks_text(const std::vector<std::int64_t>& ranks);
+
+std::ostream& operator<<(std::ostream& stream, const Copy& copy);
+std::ostream& operator<<(std::ostream& stream, const Proof& proof);
+std::ostream& operator<<(std::ostream& stream, const Plan& plan);
+
+}  // namespace kimisys::reshard

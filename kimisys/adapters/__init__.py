@@ -1,0 +1,1 @@
+"""Everything that imports a foreign system, one package for each."""

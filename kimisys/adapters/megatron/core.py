@@ -1,0 +1,32 @@
+"""What we use of megatron-core, imported once and without the noise that it makes on import.
+
+megatron-core 0.16.1 warns, from each of a dozen modules, that Apex and Transformer Engine are
+absent. We use neither: the local layer spec is chosen on purpose.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel import random as random_states
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+__all__ = [
+    "GPTModel",
+    "ModuleSpec",
+    "ShardedTensor",
+    "ShardedTensorFactory",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "get_gpt_layer_local_spec",
+    "parallel_state",
+    "random_states",
+]

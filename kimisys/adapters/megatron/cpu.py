@@ -1,0 +1,62 @@
+"""The one place where megatron-core's CUDA calls are answered on a machine without CUDA.
+
+megatron-core 0.16.1 runs forward and backward on gloo once three of its habits are answered: it
+asks CUDA for the device of new buffers, keeps CUDA generator states for dropout, and warns unless a
+CUDA variable is set. Its default causal mask is the fourth, `device="cuda"`; layers.py needs no
+mask.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from kimisys.adapters.megatron.core import random_states
+
+
+class NoRandomStates:
+    """Stands in for megatron-core's CudaRNGStatesTracker. We train without dropout and
+    initialise from the CPU generator, so there is no state to track: a fork changes nothing."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def reset(self) -> None:
+        """Nothing is tracked."""
+
+    def add(self, name: str, seed: int) -> None:
+        """Nothing is tracked."""
+
+    def get_states(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def set_states(self, states: dict[str, torch.Tensor]) -> None:
+        """Nothing is tracked."""
+
+    @contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        yield
+
+
+def _cpu_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def apply() -> bool:
+    """Answer megatron-core's CUDA calls with the CPU; do nothing where CUDA is available.
+
+    Returns True when the answers are in place. Idempotent. Must run before a model is built. It
+    changes `torch.cuda.current_device` for the whole process: a Megatron rank is a process of its
+    own.
+    """
+    if torch.cuda.is_available():
+        return False
+    torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
+    if not isinstance(random_states._CUDA_RNG_STATE_TRACKER, NoRandomStates):
+        random_states._CUDA_RNG_STATE_TRACKER = NoRandomStates()
+        random_states._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return True

@@ -1,0 +1,103 @@
+"""Model families: what a Hugging Face configuration means in Megatron's terms. No Megatron import
+here.
+
+A family knows the Hugging Face tensors of a model, how they lie in Megatron's global (unsharded)
+tensors, and which layouts are possible. One file for each; `family_of` picks one by the
+architecture's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from kimisys.adapters.megatron.families.qwen3 import Qwen3
+from kimisys.errors import LayoutError
+from kimisys.reshard import Tensor
+
+
+class Family(Protocol):
+    """What the adapter asks of a model family."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the vocabulary that are real; Megatron pads them."""
+
+    @property
+    def vocabulary_keys(self) -> tuple[str, ...]:
+        """Keys of the Megatron tensors whose axis 0 is the padded vocabulary."""
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Raise LayoutError, saying what would be legal, when the model cannot be split over
+        `size` ranks."""
+
+    def has_partial_gradient(self, parameter: str) -> bool:
+        """True for a parameter that is replicated over TP ranks but sees only the rank's own
+        heads."""
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Arguments of megatron-core's TransformerConfig that the architecture decides."""
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of megatron-core's GPTModel that the architecture decides."""
+
+    def hf_tensors(self, dtype: str) -> list[Tensor]:
+        """The checkpoint's tensors, in Hugging Face coordinates."""
+
+    def rule(self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]) -> None:
+        """Copy Megatron's global tensors (by key) to Hugging Face tensors (by name), with views
+        alone."""
+
+
+_FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
+    "Qwen3ForCausalLM": Qwen3.from_config
+}
+
+
+def implementations() -> list[str]:
+    """The architectures that can be built, by their Hugging Face name."""
+    return sorted(_FAMILIES)
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face configuration (the contents of config.json).
+
+    Raises LayoutError, naming the architecture, when it is not supported.
+    """
+    names = hf_config.get("architectures") or []
+    if len(names) != 1 or names[0] not in _FAMILIES:
+        raise LayoutError(
+            f"architecture {', '.join(names) or '(none given)'!r} is not supported by "
+            "kimisys.adapters.megatron; `architectures` of config.json must be one of: "
+            f"{', '.join(implementations())}"
+        )
+    return _FAMILIES[names[0]](hf_config)
+
+
+def check_layout(hf_config: Mapping[str, Any], tensor_parallel: int, world_size: int) -> None:
+    """Raise LayoutError when the model cannot be laid out so; nothing is started to find out."""
+    check_world(tensor_parallel, world_size)
+    family_of(hf_config).check_tensor_parallel(tensor_parallel)
+
+
+def check_world(tensor_parallel: int, world_size: int) -> None:
+    """Raise LayoutError when `world_size` ranks cannot form groups of `tensor_parallel`."""
+    if tensor_parallel < 1 or world_size < 1:
+        raise LayoutError(
+            f"tensor_parallel {tensor_parallel} and world_size {world_size} must both be at least 1"
+        )
+    if world_size % tensor_parallel:
+        legal = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise LayoutError(
+            f"world_size {world_size} is not divisible by tensor_parallel {tensor_parallel}: "
+            f"with {world_size} ranks tensor_parallel may be one of {legal}"
+        )
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the vocabulary with Megatron's padding: each rank holds the same multiple of 8
+    (one AVX-512 or tensor-core tile of rows)."""
+    multiple = 8 * tensor_parallel
+    return -(-vocab_size // multiple) * multiple

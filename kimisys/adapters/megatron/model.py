@@ -1,0 +1,83 @@
+"""A megatron-core GPT model from a Hugging Face configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kimisys.adapters.megatron import cpu
+from kimisys.adapters.megatron.core import (
+    GPTModel,
+    ModuleSpec,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    get_gpt_layer_local_spec,
+    parallel_state,
+)
+from kimisys.adapters.megatron.families import Family, family_of, padded_vocab_size
+from kimisys.adapters.megatron.layers import CausalAttention, RMSNorm
+from kimisys.errors import LayoutError
+
+
+class Model(GPTModel):  # type: ignore[misc]
+    """One rank's shard of a GPT model, and the family that its configuration belongs to."""
+
+    family: Family
+
+
+def build_model(
+    hf_config: Mapping[str, Any], dtype: torch.dtype, device: str | None = None
+) -> Model:
+    """This rank's shard, with parameters in `dtype`, initialised from torch's generator.
+
+    `runtime.initialize` (or `offline`) comes first. hf_config: the contents of config.json. device:
+    "meta" for a model without memory, that knows its layout alone. Raises LayoutError when the
+    architecture is not supported, or cannot be split over this tensor-parallel group.
+    """
+    family = family_of(hf_config)
+    if not parallel_state.is_initialized():
+        raise LayoutError("there are no Megatron process groups: call runtime.initialize first")
+    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
+    family.check_tensor_parallel(tensor_parallel)
+    cpu.apply()
+
+    config = TransformerConfig(
+        **family.transformer_config(),
+        tensor_model_parallel_size=tensor_parallel,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        # fusions below are CUDA extensions, or compile at run time
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        cuda_graph_scope=[],  # the default, "full", is deprecated and says so
+    )
+    with torch.device(device or "cpu"):
+        model = Model(
+            config,
+            _layer_specs(config),
+            vocab_size=padded_vocab_size(family.vocab_size, tensor_parallel),
+            **family.model_arguments(),
+        )
+    model.family = family
+    return model
+
+
+def _layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Megatron's local layer spec with our attention and norms in it."""
+    spec: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    attention = spec.submodules.self_attention.submodules
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention.q_layernorm = RMSNorm
+    attention.k_layernorm = RMSNorm
+    attention.core_attention = CausalAttention
+    spec.submodules.mlp.params["ffn_hidden_size"] = config.ffn_hidden_size
+    return TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)

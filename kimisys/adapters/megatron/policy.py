@@ -1,0 +1,262 @@
+"""The policy on one tensor-parallel rank: scores tokens, takes optimizer steps. Knows nothing of
+rewards.
+
+All ranks of the tensor-parallel group make the same calls with the same arguments, in the same
+order; each gets the same results. Batches are right-padded: attention is causal, so what follows a
+token cannot change it, and padding needs no mask. Positions are paired as in tokens[:, t] →
+tokens[:, t + 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from kimisys.adapters.megatron import gradients
+from kimisys.adapters.megatron.core import parallel_state
+from kimisys.adapters.megatron.log_probs import gathered_log_probs, target_log_probs
+from kimisys.adapters.megatron.model import Model
+from kimisys.errors import LayoutError
+
+SequenceLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(sequence log-probs float32[m], rows int64[m]) → those rows' share of the loss; the shares are
+summed."""
+
+_Share = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Adam:
+    """AdamW's numbers, all but the learning rate, which comes with each step (Loshchilov &
+    Hutter, 2019)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. loss: as the caller's loss is scaled. gradient_norm: before clipping."""
+
+    loss: float
+    gradient_norm: float
+    tokens: int
+    micro_batches: int
+    learning_rate: float
+
+
+class Policy:
+    """Megatron's model as a policy over token sequences, with its optimizer.
+
+    micro_batch_tokens: rows are sorted by length and taken through the model in groups of at most
+    this many tokens, padding included. It bounds memory and keeps activations in cache; results
+    depend on it by rounding only.
+    """
+
+    def __init__(
+        self, model: Model, adam: Adam | None = None, micro_batch_tokens: int = 4096
+    ) -> None:
+        if parallel_state.get_data_parallel_world_size() != 1:
+            raise LayoutError(
+                "Policy trains one replica, but there are "
+                f"{parallel_state.get_data_parallel_world_size()} data-parallel replicas: "
+                "make world_size equal to tensor_parallel"
+            )
+        self.model = model
+        self.adam = adam or Adam()
+        self.micro_batch_tokens = micro_batch_tokens
+        self._group = parallel_state.get_tensor_model_parallel_group()
+        self._parameters = list(model.parameters())
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=0.0,
+            betas=self.adam.betas,
+            eps=self.adam.epsilon,
+            weight_decay=self.adam.weight_decay,
+            fused=True,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self._parameters[0].dtype
+
+    @torch.no_grad()
+    def token_log_probs(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """log π(tokens[:, t + 1] | tokens[:, : t + 1]) at temperature 1: float32[b, s - 1].
+
+        tokens: int64[b, s]. mask: [b, s - 1]; where it is given and not set, the result is 0.0, and
+        what no set position of a row needs is not computed.
+        """
+        _check_batch(tokens, mask)
+        result = torch.zeros(tokens.shape[0], tokens.shape[1] - 1)
+        for rows, length in self._micro_batches(tokens, mask):
+            result[rows, : length - 1] = self._log_probs(tokens[rows, :length])
+        return result if mask is None else result.masked_fill_(mask == 0, 0.0)
+
+    @torch.no_grad()
+    def full_log_probs(self, tokens: torch.Tensor) -> torch.Tensor:
+        """log π(· | tokens[:, : t + 1]) over the whole vocabulary: float32[b, s, vocab]. For
+        small probes: it gathers the logits of all ranks."""
+        return gathered_log_probs(self._logits(tokens), self.model.family.vocab_size, self._group)
+
+    def sft_step(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        learning_rate: float,
+        max_gradient_norm: float | None = None,
+    ) -> Step:
+        """One step on the mean cross-entropy, in nats, of the tokens that `mask` selects.
+
+        tokens: int64[b, s]. mask: [b, s - 1], true (or not zero) where tokens[:, t + 1] counts.
+        Raises ValueError when it selects nothing, FloatingPointError when the gradient is not
+        finite; the weights are then as before.
+        """
+        _check_batch(tokens, mask)
+        selected = int((mask != 0).sum())
+        if not selected:
+            raise ValueError("the mask selects no token: there is nothing to train on")
+
+        def share(log_probs: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return -log_probs.masked_fill(~mask, 0.0).sum() / selected
+
+        return self._step(tokens, mask, share, learning_rate, max_gradient_norm)
+
+    def policy_step(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        loss: SequenceLoss,
+        learning_rate: float,
+        max_gradient_norm: float | None = None,
+    ) -> Step:
+        """One step on a loss of sequence log-probs: Σ_t log π(tokens[:, t + 1] | …) over what
+        `mask` selects.
+
+        tokens: int64[b, s]. mask: [b, s - 1]. loss: called once per micro-batch, with the sequence
+        log-probs of some rows (differentiable) and the indices of these rows; returns their share
+        of the loss, a scalar. A row that `mask` leaves empty comes with 0.0. Raises
+        FloatingPointError when the gradient is not finite; the weights are then as before.
+        """
+        _check_batch(tokens, mask)
+
+        def share(log_probs: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return loss(log_probs.masked_fill(~mask, 0.0).sum(1), rows)
+
+        return self._step(tokens, mask, share, learning_rate, max_gradient_norm)
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments and step count, as k1.5 does at the start of every
+        iteration."""
+        self._optimizer.state.clear()
+
+    def replica_difference(self) -> float:
+        """How far the ranks' copies of replicated parameters have drifted apart; 0.0 is what it
+        must be."""
+        return gradients.replica_difference(self._parameters, self._group)
+
+    @contextmanager
+    def on_wire(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside the block the parameters are what an engine receives: rounded to `dtype` (to
+        nearest, ties to even) and back. Afterwards they have the bits they had. Nothing happens
+        where `dtype` is their own."""
+        if dtype == self.dtype:
+            yield
+            return
+        saved = [parameter.detach().clone() for parameter in self._parameters]
+        try:
+            with torch.no_grad():
+                for parameter in self._parameters:
+                    parameter.copy_(parameter.to(dtype))
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, bits in zip(self._parameters, saved, strict=True):
+                    parameter.copy_(bits)
+
+    def _step(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor,
+        share: _Share,
+        learning_rate: float,
+        max_gradient_norm: float | None,
+    ) -> Step:
+        mask = mask != 0
+        self._optimizer.zero_grad(set_to_none=True)
+        loss, processed, micro_batches = 0.0, 0, self._micro_batches(tokens, mask)
+        for rows, length in micro_batches:
+            log_probs = self._log_probs(tokens[rows, :length])
+            part = share(log_probs, mask[rows, : length - 1], rows)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+            processed += len(rows) * length
+
+        gradients.sum_partial_gradients(
+            self.model.named_parameters(), self.model.family.has_partial_gradient, self._group
+        )
+        norm = gradients.gradient_norm(self._parameters, self._group)
+        if not math.isfinite(norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"the gradient's norm is {norm} at loss {loss}: the step was not taken; "
+                "lower the learning rate"
+            )
+        if max_gradient_norm is not None:
+            gradients.clip_gradients(self._parameters, norm, max_gradient_norm)
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return Step(loss, norm, processed, len(micro_batches), learning_rate)
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the padded vocabulary's logits: [b, s, rows]."""
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        logits: torch.Tensor = self.model(tokens, positions, None)
+        return logits
+
+    def _log_probs(self, tokens: torch.Tensor) -> torch.Tensor:
+        """float32[b, s - 1], differentiable. The last token predicts nothing, so it is not
+        computed."""
+        logits = self._logits(tokens[:, :-1])
+        return target_log_probs(logits, tokens[:, 1:], self.model.family.vocab_size, self._group)
+
+    def _micro_batches(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor, int]]:
+        """(rows int64[m], tokens to take of each), longest first; every row once."""
+        count, longest = tokens.shape
+        lengths = torch.full((count,), longest)
+        if mask is not None:
+            # the last selected position, its token, and the token it predicts
+            last = (mask != 0).long().mul(torch.arange(1, longest)).amax(1)
+            lengths = (last + 1).clamp_(min=2)
+        order = torch.argsort(lengths, descending=True, stable=True)
+        batches, start = [], 0
+        while start < count:
+            length = int(lengths[order[start]])
+            end = min(start + max(self.micro_batch_tokens // length, 1), count)
+            batches.append((order[start:end], length))
+            start = end
+        return batches
+
+
+def _check_batch(tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
+    if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens must be int64[b, s] with s at least 2, not {tokens.dtype}{list(tokens.shape)}"
+        )
+    if mask is not None and mask.shape != (tokens.shape[0], tokens.shape[1] - 1):
+        raise ValueError(
+            f"the mask must be {[tokens.shape[0], tokens.shape[1] - 1]} for tokens "
+            f"{list(tokens.shape)}, not {list(mask.shape)}"
+        )

@@ -1,0 +1,151 @@
+"""Process groups: a Megatron rank joins its peers, or pretends to.
+
+`initialize` joins real ranks over gloo, on the loopback interface unless told otherwise. `offline`
+gives one process the view of any rank of any world (torch's fake process group), to ask for layouts
+without starting anything.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kimisys.adapters.megatron import cpu
+from kimisys.adapters.megatron.core import parallel_state
+from kimisys.adapters.megatron.families import check_layout, check_world
+from kimisys.errors import LayoutError
+
+
+def initialize(
+    tensor_parallel: int,
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    seed: int,
+    timeout_seconds: float = 60.0,
+    hf_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Join the other ranks and form Megatron's groups: tensor-parallel groups of `tensor_parallel`
+    neighbours.
+
+    Rank 0 listens at `address`:`port` (an IP address; loopback keeps every socket on the loopback
+    interface). `seed` seeds torch's generator: equal on all ranks, because each cuts its shards out
+    of the same initial weights. `timeout_seconds` bounds the meeting here and every later
+    collective. Raises LayoutError for an impossible layout (with `hf_config`, also of the model)
+    before anything starts; TimeoutError, naming the ranks that did not come.
+    """
+    check_world(tensor_parallel, world_size)
+    if hf_config is not None:
+        check_layout(hf_config, tensor_parallel, world_size)
+    _check_rank(rank, world_size)
+    if ipaddress.ip_address(address).is_loopback:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+    timeout = timedelta(seconds=timeout_seconds)
+    store = _meet(rank, world_size, address, port, timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    _form_groups(tensor_parallel, timeout)
+    torch.manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the process groups; does nothing where there are none."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def offline(tensor_parallel: int, rank: int, world_size: int) -> Iterator[None]:
+    """Be `rank` of `world_size` inside the block, alone: collectives do nothing, but groups have
+    their sizes.
+
+    For building models on the meta device and asking them for their layout. Raises LayoutError for
+    an impossible layout, RuntimeError where process groups exist already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    check_world(tensor_parallel, world_size)
+    _check_rank(rank, world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        _form_groups(tensor_parallel, timedelta(seconds=60))
+        yield
+    finally:
+        shutdown()
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if dist.is_initialized():
+        raise RuntimeError("this process has process groups already: call runtime.shutdown() first")
+    if not 0 <= rank < world_size:
+        raise LayoutError(f"rank {rank} is not one of the {world_size} ranks 0..{world_size - 1}")
+
+
+def _form_groups(tensor_parallel: int, timeout: timedelta) -> None:
+    cpu.apply()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        create_gloo_process_groups=False,  # beside NCCL ones; ours are gloo already
+    )
+
+
+def _meet(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> dist.TCPStore:
+    """The store of rank 0, once every rank has checked in there."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    waited = f"rank {rank} of {world_size} waited {timeout.total_seconds():g} s"
+    listener = _listen(address, port) if rank == 0 else None
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+            # left to itself the store listens on all interfaces
+            master_listen_fd=listener.detach() if listener else None,
+        )
+    except dist.DistError as error:
+        raise TimeoutError(
+            f"{waited} for rank 0 at {address}:{port}: see whether that process started"
+        ) from error
+    store.set(f"kimisys/arrived/{rank}", "1")
+    for peer in range(world_size):
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+        try:
+            store.wait([f"kimisys/arrived/{peer}"], left)
+        except dist.DistError as error:
+            raise TimeoutError(
+                f"{waited} for rank {peer}, which did not come to {address}:{port}: "
+                "see whether that process started"
+            ) from error
+    return store
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            error.errno,
+            f"rank 0 cannot listen at {address}:{port}: {error.strerror}; choose another port",
+        ) from error
+    return listener

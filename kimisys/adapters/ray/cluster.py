@@ -1,0 +1,77 @@
+"""A Ray cluster for one run, and waiting on actors with a deadline and a name.
+
+Ray pickles what passes between actors and listens on all interfaces: token authentication is on, and weights
+never pass through it (docs/security.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+# Ray reads these when it is imported, and not again
+_IMPORTED_BEFORE = "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token"
+os.environ.update(
+    RAY_AUTH_MODE="token", RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"
+)
+
+import ray  # noqa: E402
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError  # noqa: E402
+
+from kimisys.errors import KimisysError  # noqa: E402
+
+
+class ActorLostError(KimisysError):
+    """An actor died, or did not answer before its deadline. The message names it."""
+
+
+@contextmanager
+def local_cluster(cpus: int) -> Iterator[None]:
+    """A Ray cluster of this process' own, gone with the block. Tokens are new for each run."""
+    if _IMPORTED_BEFORE:
+        raise KimisysError(
+            "ray was imported before kimisys.adapters.ray, so token authentication is off; import "
+            "kimisys.adapters.ray first, or set RAY_AUTH_MODE=token"
+        )
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        object_store_memory=256 << 20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def wait(pending: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:
+    """The results of `pending` (name of the actor → object reference), all of them, before the deadline.
+
+    Raises ActorLostError naming who died or did not answer; an error raised by an actor's own code is
+    raised again here as it was.
+    """
+    names = {reference: name for name, reference in pending.items()}
+    remaining = list(names)
+    done: dict[str, Any] = {}
+    while remaining:
+        ready, remaining = ray.wait(remaining, num_returns=1, timeout=timeout_seconds)
+        if not ready:
+            late = ", ".join(names[reference] for reference in remaining)
+            raise ActorLostError(f"no answer from {late} within {timeout_seconds:.0f} s")
+        try:
+            done[names[ready[0]]] = ray.get(ready[0], timeout=timeout_seconds)
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except (RayActorError, GetTimeoutError) as error:
+            raise ActorLostError(f"{names[ready[0]]} is lost: {error}") from error
+    return {name: done[name] for name in pending}

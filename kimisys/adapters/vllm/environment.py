@@ -1,0 +1,57 @@
+"""The environment that an engine's process is best started with, and why."""
+
+from __future__ import annotations
+
+import os
+
+
+def environment(threads: int = 2) -> dict[str, str]:
+    """Variables for the process that will hold an Engine, best set before it starts.
+
+    OpenMP and malloc read theirs once, when they are loaded; ``Engine.start`` sets the others too.
+
+    threads: OpenMP threads of the engine. Measured numbers are in docs/log.md.
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin for each other collapse as soon as a core is shared: 12,000 tokens/s
+        # became 900 on two busy cores with the default. A short spin loses nothing on idle ones.
+        "GOMP_SPINCOUNT": "10000",
+        # Activations of a step are a few MB each; without this every one is mapped, faulted in and
+        # unmapped again (15 % of a rollout's time).
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
+        "MALLOC_TOP_PAD_": str(1 << 28),
+        **VARIABLES,
+    }
+
+
+VARIABLES = {
+    # Scheduler and worker in this process: one import of vLLM instead of three, no IPC per step.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # vLLM compiles one comparison of the sampler with inductor: 18 to 24 s in the first generate,
+    # for nothing that a rollout uses.
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""What vLLM and torch read when they are imported or later."""
+
+
+def apply(tensor_parallel: int) -> None:
+    """Sets VARIABLES in this process where they are not set, before vLLM is imported."""
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+    if tensor_parallel > 1:
+        # The CPU build wants one NUMA node per rank, or to be told whose cores are whose.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _binding(tensor_parallel))
+
+
+def _binding(ranks: int) -> str:
+    """The cores that this process may use, in equal parts: "0,1|2,3". Too few are shared."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    parts = [cores[(r * share) % len(cores) :][:share] for r in range(ranks)]
+    return "|".join(",".join(map(str, part)) for part in parts)

@@ -1,0 +1,266 @@
+"""The weight-transfer backend ``kimisys``: how a running vLLM worker takes over a published version.
+
+Weights are pulled into a shadow of the worker's shard and verified there. Only then are they packed into
+the model. Whatever refuses an update before that leaves the worker serving the version it had.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from kimisys.adapters.vllm import plugin
+from kimisys.adapters.vllm.layout import build_on_meta, trace_model, trace_vllm_layout
+from kimisys.adapters.vllm.pack import Packer
+from kimisys.broadcast import Peers, Pulled, Subscriber, connect
+from kimisys.errors import LayoutError, SnapshotError, VersionError
+from kimisys.reshard import Layout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# vLLM imports this module in every worker, as WorkerReport's, before it looks the backend up.
+plugin.register()
+
+Digests = npt.NDArray[np.uint64]
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Where the publishers of all trainer ranks are.
+
+    addresses: their socket paths. timeout_seconds: for connecting to all of them.
+    """
+
+    addresses: list[str]
+    timeout_seconds: float = 30.0
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """version: the published version to take over; it must be newer than the one served."""
+
+    version: int
+
+
+@dataclass
+class Status:
+    """What a worker serves, and how its last update went; plain values, as it crosses processes.
+
+    version: committed, None before the first update. broken: why the worker must not serve, or "".
+    error: class and message of the last refused update, or None. seconds, nbytes, digests: of the last
+    committed update: wall time by phase, bytes of tensor elements landed, tensors compared by digest.
+    """
+
+    version: int | None = None
+    broken: str = ""
+    error: tuple[str, str] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+    digests: int = 0
+
+
+class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """One worker's end of kimisys.broadcast. Errors are those of kimisys.errors."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(
+        self,
+        config: WeightTransferConfig,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        model: torch.nn.Module,
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        parallel = vllm_config.parallel_config
+        if parallel.pipeline_parallel_size > 1 or parallel.enable_expert_parallel:
+            raise LayoutError(
+                "the kimisys backend updates engines of tensor parallelism alone; this one has pipeline-"
+                f"parallel size {parallel.pipeline_parallel_size} and expert parallelism "
+                f"{'on' if parallel.enable_expert_parallel else 'off'}"
+            )
+        self._group = get_tp_group()
+        self._size, self._rank = self._group.world_size, self._group.rank_in_group
+        self._fresh = build_on_meta(vllm_config, self._size, self._rank)
+        self._packer = Packer(model, self._fresh[1])
+        self._shadow = {
+            name: torch.empty_like(meta, device=device)
+            for name, meta in self._packer.shapes.items()
+        }
+        self._peers: Peers | None = None
+        self._subscriber: Subscriber | None = None
+        self._pulled: Pulled | None = None
+        self.status = Status()
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Connects to the publishers and plans the pull; connecting again replaces the former peers."""
+        self.shutdown()
+        with self._remembering_errors():
+            peers = connect(init_info.addresses, init_info.timeout_seconds)
+            self._subscriber = Subscriber(peers, self._layout(peers), self._rank)
+            self._peers = peers
+
+    def _layout(self, peers: Peers) -> Layout:
+        """Of all ranks of this engine: replicas and splits are verified over all of them."""
+        tensors = peers.layout.tensors
+        return Layout.merge(
+            [
+                trace_model(*self._fresh, tensors, self._size, rank)
+                if rank == self._rank
+                else trace_vllm_layout(self.vllm_config, tensors, self._size, rank)
+                for rank in range(self._size)
+            ]
+        )
+
+    def start_weight_update(self) -> None:
+        """Nothing: the model is not touched before the new weights are verified."""
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Pulls a version into the shadow and verifies it there. All ranks succeed or all raise.
+
+        Raises VersionError, DigestError, SnapshotError. The model is untouched.
+        """
+        self._pulled = None
+        with self._remembering_errors():
+            self._pulled = self._receive(update_info.version)
+
+    @contextmanager
+    def _remembering_errors(self) -> Iterator[None]:
+        """Errors reach another process as text; the status keeps their class."""
+        self.status.error = None
+        try:
+            yield
+        except Exception as error:
+            self.status.error = (type(error).__name__, str(error))
+            raise
+
+    def _receive(self, version: int) -> Pulled:
+        agreement = Agreement(self._size, self._rank, self._sum)
+        try:
+            if self._subscriber is None:
+                raise SnapshotError("no publisher is known; call init_transfer_engine with addresses")
+            if self.status.version is not None and version <= self.status.version:
+                raise VersionError(
+                    f"version {self.status.version} is served, asked was {version}; versions only increase"
+                )
+            buffers = {
+                (self._rank, name): tensor.view(torch.uint8).numpy()
+                for name, tensor in self._shadow.items()
+            }
+            combine = agreement.combine if self._size > 1 else None
+            return self._subscriber.pull(version, buffers, combine)
+        except BaseException:
+            agreement.fail()
+            raise
+
+    def finish_weight_update(self) -> None:
+        """Packs what was received into the model and commits its version.
+
+        Raises SnapshotError when nothing was received. After any other error the worker is broken.
+        """
+        pulled, self._pulled = self._pulled, None
+        if pulled is None:
+            raise SnapshotError("there is nothing to finish: no version was received since the last")
+        started = time.perf_counter()
+        self.status.version = None
+        try:
+            self._packer.pack(self._shadow)
+        except BaseException as error:
+            self.status.broken = f"packing version {pulled.version} failed: {error}"
+            raise
+        packed = time.perf_counter() - started
+        self.status = Status(
+            version=pulled.version,
+            seconds={
+                "pull": pulled.seconds - pulled.digest_seconds,
+                "digest": pulled.digest_seconds,
+                "pack": packed,
+            },
+            nbytes=pulled.nbytes,
+            digests=pulled.digests_checked,
+        )
+
+    def shutdown(self) -> None:
+        """Lets go of the publishers' shared memory; the weights stay. Idempotent."""
+        self._subscriber = None
+        if self._peers is not None:
+            self._peers.close()
+            self._peers = None
+
+    def _sum(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Over the ranks of the engine, wrapping around."""
+        summed = torch.from_numpy(values.copy())
+        torch.distributed.all_reduce(summed, group=self._group.cpu_group)
+        return summed.numpy()
+
+
+class PeerFailedError(SnapshotError):
+    """Another rank of the same engine failed; its own error says why."""
+
+
+class Agreement:
+    """One collective decision of all ranks of an engine: sum digests together, or fail together.
+
+    A rank that fails on the way says so in the sum that the others wait in, so that none waits for it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        rank: int,
+        total: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]],
+    ) -> None:
+        self._size, self._rank, self._total = size, rank, total
+        self._said = False
+
+    def combine(self, digests: Digests) -> Digests:
+        """Sums over ranks. Raises PeerFailedError naming the ranks that failed."""
+        failed = self._say(False)
+        if failed:
+            raise PeerFailedError(
+                f"rank {self._rank} received its weights, but ranks {failed} of the engine did not; "
+                "their errors say why"
+            )
+        return self._total(digests.view(np.int64)).view(np.uint64)
+
+    def fail(self) -> None:
+        """Tells the others, unless this rank has taken part already."""
+        if self._size > 1 and not self._said:
+            self._say(True)
+
+    def _say(self, failed: bool) -> list[int]:
+        self._said = True
+        flags = np.zeros(self._size, np.int64)
+        flags[self._rank] = failed
+        return [int(rank) for rank in np.flatnonzero(self._total(flags))]
+
+
+class WorkerReport:
+    """Methods that vLLM's workers get beside their own (``worker_extension_cls``)."""
+
+    weight_transfer_engine: KimisysWeightTransferEngine
+
+    def kimisys_status(self) -> dict[str, Any]:
+        """The worker's Status as a dictionary."""
+        return dict(vars(self.weight_transfer_engine.status))
+
+    def kimisys_seed(self, seed: int) -> None:
+        """Seeds the generator that samples tokens."""
+        torch.manual_seed(seed)

@@ -1,0 +1,154 @@
+"""A trainer rank's side: publish its shards as a snapshot that readers map."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kimisys._core.broadcast import Snapshot, digest
+from kimisys.broadcast.layout import SNAPSHOT_BUFFER
+from kimisys.broadcast.wire import Manifest, Server, fingerprint
+from kimisys.errors import BufferMismatchError, LayoutError, VersionError
+from kimisys.reshard import Layout, plan
+
+Buffers = Mapping[tuple[int, str], Any]
+"""(rank, buffer name) to any C-contiguous buffer of the layout's size."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What one publish did.
+
+    Attributes:
+        version: that can be pulled now.
+        nbytes: bytes of tensor elements written to the snapshot.
+        seconds: of wall time.
+        digest_seconds: of these, the time that the digests took.
+    """
+
+    version: int
+    nbytes: int
+    seconds: float
+    digest_seconds: float
+
+
+class Publisher:
+    """Publishes one rank's part of the live model, version after version, into shared memory.
+
+    Args:
+        live: where the live model's fragments are; only ``rank``'s part is used.
+        snapshot: where they are published, for ALL ranks that publish (see ``snapshot_layout`` and
+            ``Layout.merge``), so that the ranks agree on who counts which replica.
+        rank: this rank.
+        address: path of the unix socket at which subscribers get the shared memory. Its folder must
+            exist and be writable by its owner alone; the file gets mode 0600 and is removed by
+            ``close``.
+        timeout_seconds: the longest that one subscriber may keep the server busy.
+
+    Raises:
+        LayoutError: the rank has no snapshot buffer. PlanError: the snapshot cannot be filled from
+            the live layout. SnapshotError: no shared memory, or the address cannot be used.
+    """
+
+    def __init__(
+        self,
+        live: Layout,
+        snapshot: Layout,
+        rank: int,
+        address: Path | str,
+        timeout_seconds: float = 10.0,
+    ) -> None:
+        self.rank = rank
+        self.layout = snapshot.of_rank(rank)
+        names = [buffer.name for buffer in self.layout.buffers]
+        if names != [SNAPSHOT_BUFFER]:
+            raise LayoutError(
+                f"rank {rank} of the snapshot layout has the buffers {names}, a publisher needs "
+                f"exactly '{SNAPSHOT_BUFFER}'; make it with snapshot_layout from all live layouts"
+            )
+        self.plan = plan(live.of_rank(rank), self.layout)
+        self._counted = snapshot.cover().of_rank(rank)
+        manifest = Manifest(rank, self.layout, tuple(snapshot.ranks), fingerprint(snapshot))
+        self._snapshot = Snapshot.create(self.layout.buffers[0].nbytes, len(self.layout.tensors))
+        self._version: int | None = None
+        self._server = Server(
+            Path(address), manifest.encode(), self._snapshot.fileno(), timeout_seconds
+        )
+
+    @property
+    def address(self) -> Path:
+        return self._server.address
+
+    @property
+    def version(self) -> int | None:
+        """The last version published; None before the first."""
+        return self._version
+
+    @property
+    def memory(self) -> memoryview:
+        """The snapshot's data, uint8[nbytes], writable. Only tests of corruption write here."""
+        return memoryview(self._snapshot)
+
+    def publish(self, version: int, buffers: Buffers, threads: int = 0) -> Publication:
+        """Copies the live weights into the snapshot, with cast, and makes them ``version``.
+
+        The caller keeps the live weights still meanwhile. Until it returns nobody can pull; a
+        reader in the middle of a pull gets a SnapshotError. If the copy fails half-way, the
+        snapshot stays unreadable until a later publish succeeds; if the arguments are wrong, the
+        last version stays as it was.
+
+        Args:
+            version: above the last one, at least 0.
+            buffers: the live buffers of this rank, by (rank, name).
+            threads: 0 means all that the process may use.
+
+        Raises:
+            VersionError: ``version`` does not increase. BufferMismatchError: a live buffer is
+            missing or has another size. LayoutError: ``threads`` is negative. SnapshotError: the
+            server thread has failed.
+        """
+        started = time.perf_counter()
+        self._server.check()
+        self._snapshot.begin(_integer(version))
+        here = {(self.rank, SNAPSHOT_BUFFER): self._snapshot}
+        try:
+            self.plan.execute(buffers, here, threads)
+        except (BufferMismatchError, LayoutError):
+            self._snapshot.abort()  # the plan raises these before it writes any byte
+            raise
+        copied = time.perf_counter()
+        self._snapshot.commit(digest(self._counted, here, threads))
+        self._version = version
+        ended = time.perf_counter()
+        return Publication(version, self.plan.nbytes, ended - started, ended - copied)
+
+    def close(self) -> None:
+        """Stops serving and removes the socket. Idempotent. Peers that have mapped the memory keep
+        it; it goes when the last of them goes. Raises SnapshotError if the server had failed."""
+        self._server.close()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _integer(version: int) -> int:
+    try:
+        number = operator.index(version)
+    except TypeError:
+        raise VersionError(f"version {version!r} is not an integer") from None
+    if not 0 <= number < 1 << 63:
+        raise VersionError(f"version {number} is not in [0, 2^63)")
+    return number

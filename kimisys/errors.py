@@ -1,0 +1,32 @@
+"""Every exception that kimisys raises on its own account. All derive from ``KimisysError``."""
+
+from kimisys._core import (
+    BufferMismatchError,
+    DigestError,
+    KimisysError,
+    LayoutError,
+    PlanError,
+    SnapshotError,
+    VersionError,
+)
+
+
+class TraceError(KimisysError):
+    """A traced loader did something that is not a copy of known elements; the message names it."""
+
+
+class CheckpointError(KimisysError):
+    """A checkpoint folder is incomplete, truncated or inconsistent; the message names the file."""
+
+
+__all__ = [
+    "BufferMismatchError",
+    "CheckpointError",
+    "DigestError",
+    "KimisysError",
+    "LayoutError",
+    "PlanError",
+    "SnapshotError",
+    "TraceError",
+    "VersionError",
+]

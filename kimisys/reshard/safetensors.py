@@ -1,0 +1,194 @@
+"""A folder of safetensors files as a layout: loading and saving a checkpoint are plans like any other.
+
+The files are mapped, so a plan reads from (or writes to) the page cache directly, and a rank touches only the
+bytes it owns. Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header,
+data). One buffer for each file: the data section, under the file's name, at rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from kimisys.errors import CheckpointError, LayoutError
+from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor
+
+_DTYPES = {
+    "F32": ("float32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+}
+_CODES = {name: code for code, (name, _) in _DTYPES.items()}
+_SIZES = dict(_DTYPES.values())
+_INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open folder: its layout, and its buffers as `Plan.execute` takes them."""
+
+    folder: Path
+    layout: Layout
+    buffers: Mapping[tuple[int, str], memoryview]
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Map every *.safetensors file of `folder` read-only; only the headers are read.
+
+    Raises CheckpointError, naming file and tensor, when a file is missing, truncated or malformed.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no *.safetensors file; give a Hugging Face model folder")
+    tensors: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    buffers: dict[tuple[int, str], memoryview] = {}
+    described, fragments = [], []
+    for file in files:
+        header, data = _read(file)
+        buffers[0, file.name] = data
+        described.append(Buffer(0, file.name, data.nbytes))
+        for name, entry in header.items():
+            tensor, start = _tensor(file, name, entry, data.nbytes)
+            if name in tensors:
+                raise CheckpointError(f"{name!r} is in {origin[name]} and in {file.name}; keep one of them")
+            tensors[name], origin[name] = tensor, file.name
+            fragments.append(_whole(tensor, file.name, start))
+    _check_index(folder, origin)
+    try:
+        layout = Layout(list(tensors.values()), described, fragments)
+    except LayoutError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return Checkpoint(folder, layout, buffers)
+
+
+@contextmanager
+def create_checkpoint(
+    folder: Path | str, tensors: Sequence[Tensor], files: Mapping[str, str] | None = None
+) -> Iterator[Checkpoint]:
+    """A new folder to write into; it appears under its name, whole, when the block ends without an error.
+
+    tensors: what model.safetensors will hold. files: further text files by name (config.json, ...).
+    After an error nothing is left. Raises CheckpointError if `folder` exists already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; choose another name or remove it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        name = "model.safetensors"
+        header, starts, nbytes = _plan_file(tensors)
+        with open(partial / name, "w+b") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + nbytes)
+            stream.flush()
+            mapped = mmap.mmap(stream.fileno(), 0)
+            data = memoryview(mapped)[len(header) :]
+            fragments = [_whole(t, name, starts[t.name]) for t in tensors]
+            layout = Layout(list(tensors), [Buffer(0, name, nbytes)], fragments)
+            yield Checkpoint(folder, layout, {(0, name): data})
+            mapped.flush()
+            os.fsync(stream.fileno())
+        for other, text in (files or {}).items():
+            (partial / other).write_text(text)
+        os.chmod(partial, 0o755)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _read(file: Path) -> tuple[dict[str, Any], memoryview]:
+    with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(
+                f"{file} is truncated or not a safetensors file: {size} bytes, header of {length}; copy it again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: the header is not JSON ({error}); copy it again") from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{file}: the header is not a JSON object; copy it again")
+        header.pop("__metadata__", None)
+        data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))[8 + length :]
+        return header, data
+
+
+def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int]:
+    """The tensor that header entry `entry` describes, and where its bytes start in the data section."""
+    try:
+        dtype, size = _DTYPES[entry["dtype"]]
+        shape = tuple(int(extent) for extent in entry["shape"])
+        start, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the entry of {name!r} is malformed or of an unknown dtype: {entry}") from error
+    if start < 0 or min(shape, default=0) < 0 or end - start != prod(shape) * size:
+        raise CheckpointError(
+            f"{file}: {name!r} of {entry['dtype']}{list(shape)} needs {prod(shape) * size} bytes, "
+            f"its header gives [{start}, {end})"
+        )
+    if end > nbytes:
+        raise CheckpointError(
+            f"{file} is truncated: {name!r} ends at byte {end} of the data, the file has {nbytes}; copy it again"
+        )
+    return Tensor(name, dtype, shape), start
+
+
+def _whole(tensor: Tensor, file: str, start: int) -> Fragment:
+    """The fragment of a whole tensor stored row-major at byte `start` of `file`."""
+    shape = tuple(tensor.shape)
+    size = _SIZES[tensor.dtype]
+    strides = [prod(shape[axis + 1 :]) * size for axis in range(len(shape))]
+    return Fragment(tensor.name, Region([0] * len(shape), shape), 0, file, start, strides)
+
+
+def _plan_file(tensors: Sequence[Tensor]) -> tuple[bytes, dict[str, int], int]:
+    header, starts, end = {}, {}, 0
+    # the widest dtypes first, so that every tensor is aligned to its element
+    for tensor in sorted(tensors, key=lambda t: (-_SIZES[t.dtype], t.name)):
+        nbytes = prod(tensor.shape) * _SIZES[tensor.dtype]
+        starts[tensor.name] = end
+        header[tensor.name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + nbytes],
+        }
+        end += nbytes
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    return len(text).to_bytes(8, "little") + text, starts, end
+
+
+def _check_index(folder: Path, origin: Mapping[str, str]) -> None:
+    index = folder / _INDEX
+    if not index.exists():
+        return
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"].items()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is malformed: {error!r}") from error
+    for name, file in weight_map:
+        if origin.get(name) != file:
+            raise CheckpointError(
+                f"{index} promises {name!r} in {file}, which {'lacks it' if (folder / str(file)).exists() else 'is missing'}"
+            )

@@ -1,0 +1,1 @@
+"""Answer checkers: a problem and a completion in, a reward out."""

@@ -1,0 +1,1 @@
+"""The bundled trainer: configuration, master, workers, metrics, report and command line."""

@@ -1,0 +1,78 @@
+"""The command line: `kimisys train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from kimisys.errors import KimisysError
+from kimisys.trainer.config import TrainConfig
+
+
+def main() -> None:
+    """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 130 interrupted."""
+    tyro.extras.subcommand_cli_from_dict(
+        {"train": train},
+        prog="kimisys",
+        description="The systems layer of reinforcement learning for large language models.",
+    )
+
+
+def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Run the reference recipe: a short SFT, then RL, of a small Qwen3 on arithmetic."""
+    console = Console(stderr=False)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        config.check()
+        out = config.out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(_record(config), indent=2) + "\n")
+        _run(config, out, console)
+    except KimisysError as error:
+        console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted: every process of the run has ended", highlight=False)
+        sys.exit(130)
+
+
+def _run(config: TrainConfig, out: Path, console: Console) -> None:
+    # after the configuration is known to be good: these imports take seconds
+    from kimisys.trainer.display import Display, print_summary
+    from kimisys.trainer.master import Master
+
+    console.print(f"writing to {out}", highlight=False)
+    with Display(console, config.steps) as display:
+        summary = Master(config, out, display).run()
+    print_summary(console, summary)
+    if summary.logprob_gap_exceeded_at is not None:
+        console.print(
+            f"[yellow]the engine was frozen[/]: from step {summary.logprob_gap_exceeded_at} on, its "
+            f"log-probabilities differ from the trainer's beyond {summary.logprob_gap_bound:.0e} a token "
+            f"(up to {summary.logprob_gap_max:.2e})",
+            highlight=False,
+        )
+    console.print(f"curve: {out / 'curve.png'}   weights: {out / 'model'}", highlight=False)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _record(config: TrainConfig) -> dict[str, object]:
+    record = dataclasses.asdict(config)
+    record["out"] = str(config.out) if config.out else None
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The configuration of a run: frozen, complete, checked before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from kimisys.errors import KimisysError
+
+Dtype = Literal["float32", "bfloat16"]
+
+# per generated token: what rounding alone may make of trainer against engine
+LOGPROB_GAP_BOUNDS: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.03}
+
+
+class ConfigError(KimisysError):
+    """A configuration that cannot run. The message names the option and what would be legal."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the Qwen3 model that the recipe makes and trains."""
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    """Key-value heads; the query heads share them in equal groups."""
+    head_dim: int = 32
+    ffn_size: int = 384
+    tie_embeddings: bool = True
+    """Whether the output layer is the transposed input embedding."""
+    rope_theta: float = 10000.0
+
+    def hugging_face(self, vocab_size: int, context: int, eos: int, pad: int) -> dict[str, Any]:
+        """The config.json of this model."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "eos_token_id": eos,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "initializer_range": 0.02,
+            "intermediate_size": self.ffn_size,
+            "max_position_embeddings": context,
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "pad_token_id": pad,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None,
+            "tie_word_embeddings": self.tie_embeddings,
+            "torch_dtype": "float32",
+            "use_cache": True,
+            "vocab_size": vocab_size,
+        }
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised warm-up on written-out demonstrations."""
+
+    steps: int = 300
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a tenth."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The reference recipe: a short SFT, then Kimi k1.5's policy optimisation, of a small Qwen3 on arithmetic.
+
+    Two tensor-parallel Megatron ranks train, one vLLM engine samples; after every step the new weights go
+    from shard to engine through a kimisys plan, verified by digest.
+    """
+
+    out: Path | None = None
+    """Folder for metrics.jsonl, summary.json, the curve and the weights (default: runs/DATE-TIME-seedN)."""
+    seed: int = 1
+    """Seeds the weights, the problems and the sampling."""
+    steps: int = 50
+    """RL steps."""
+    learning_rate: float = 2e-4
+    """Of the RL steps. 0 is the control that must not learn."""
+    freeze_engine: bool = False
+    """The control without syncs: the engine keeps the weights it had after SFT."""
+
+    prompts: int = 64
+    """Problems in one RL step."""
+    samples: int = 8
+    """Samples of each problem: k of the paper."""
+    minibatches: int = 4
+    """Optimizer steps in one RL step; each takes whole groups."""
+    tau: float = 0.01
+    """Weight of the squared log-ratio: τ of the paper, in reward per nat."""
+    clip_gradient: float = 1.0
+    """Largest norm of a gradient."""
+    held_out: int = 512
+    """Held-out problems on which the pass rates are measured."""
+
+    wire_dtype: Dtype = "float32"
+    """The dtype in which weights are published, and in which the engine computes."""
+    tensor_parallel: int = 2
+    """Megatron ranks."""
+    ready_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 240.0
+    """How long a start, a step or a sync may take before the run gives up and says who was late."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot run, before anything starts."""
+        model = self.model
+        positive = {
+            "--steps": self.steps,
+            "--prompts": self.prompts,
+            "--samples": self.samples,
+            "--minibatches": self.minibatches,
+            "--held-out": self.held_out,
+            "--tensor-parallel": self.tensor_parallel,
+            "--model.hidden-size": model.hidden_size,
+            "--model.layers": model.layers,
+            "--model.heads": model.heads,
+            "--model.kv-heads": model.kv_heads,
+            "--model.head-dim": model.head_dim,
+            "--model.ffn-size": model.ffn_size,
+            "--sft.batch-size": self.sft.batch_size,
+        }
+        for option, value in positive.items():
+            if value < 1:
+                raise ConfigError(f"{option} is {value}; it must be at least 1")
+        for option, rate in {
+            "--learning-rate": self.learning_rate,
+            "--sft.learning-rate": self.sft.learning_rate,
+            "--tau": self.tau,
+            "--sft.steps": self.sft.steps,
+        }.items():
+            if not 0 <= rate < float("inf"):
+                raise ConfigError(f"{option} is {rate}; it must be finite and not negative")
+        if self.clip_gradient <= 0 or self.ready_timeout <= 0:
+            raise ConfigError("--clip-gradient and --ready-timeout must be positive")
+        if self.samples < 2:
+            raise ConfigError("--samples is 1; the baseline is a group's mean, so it takes at least 2")
+        if self.prompts % self.minibatches:
+            raise ConfigError(
+                f"--prompts {self.prompts} does not divide into --minibatches {self.minibatches} of whole groups"
+            )
+        if model.heads % model.kv_heads:
+            raise ConfigError(
+                f"--model.heads {model.heads} is not a multiple of --model.kv-heads {model.kv_heads}"
+            )
+        for option, value in {
+            "--model.heads": model.heads,
+            "--model.kv-heads": model.kv_heads,
+            "--model.ffn-size": model.ffn_size,
+        }.items():
+            if value % self.tensor_parallel:
+                raise ConfigError(
+                    f"--tensor-parallel {self.tensor_parallel} does not divide {option} {value}; "
+                    "Megatron gives each rank whole heads"
+                )
+        if model.head_dim % 2:
+            raise ConfigError(f"--model.head-dim {model.head_dim} is odd; rotary embedding pairs its elements")
+        if self.out is not None and self.out.exists() and any(self.out.iterdir()):
+            raise ConfigError(f"--out {self.out} is not empty; choose another folder or empty it")

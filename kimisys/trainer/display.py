@@ -1,0 +1,105 @@
+"""What a person sees while a run goes on: the phase, and a table with one row a step."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+
+from kimisys.trainer.metrics import StepMetrics, Summary
+
+_COLUMNS = ("step", "reward", "pass rate", "length", "tokens/s", "sync ms", "gap", "loss", "s/step")
+_ROWS_SHOWN = 18
+
+
+class Display:
+    """A live table on a terminal; one line a step where the output is a file or a pipe."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._steps = console, steps
+        self._rows: list[tuple[str, ...]] = []
+        self._phase = "starting"
+        self._live = Live(self, console=console, refresh_per_second=8, transient=False)
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._phase = ""
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def phase(self, text: str) -> None:
+        """What goes on now, until the next call."""
+        self._phase = text
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Add the row of one finished step."""
+        row = (
+            f"{metrics.step}/{self._steps}",
+            f"{metrics.reward:.3f}",
+            f"{metrics.pass_rate:.3f}",
+            f"{metrics.completion_length:.1f}",
+            f"{metrics.rollout_tokens_per_second:,.0f}",
+            f"{metrics.sync_seconds * 1e3:.0f}",
+            f"{metrics.logprob_gap:.1e}",
+            f"{metrics.loss:+.3f}",
+            f"{metrics.step_seconds:.1f}",
+        )
+        self._rows.append(row)
+        if not self._console.is_terminal:
+            if len(self._rows) == 1:
+                self._console.print("  ".join(f"{name:>9}" for name in _COLUMNS), highlight=False)
+            self._console.print("  ".join(f"{cell:>9}" for cell in row), highlight=False)
+
+    def __rich__(self) -> Group:
+        table = Table(box=None, padding=(0, 2))
+        for name in _COLUMNS:
+            table.add_column(name, justify="right")
+        for row in self._rows[-_ROWS_SHOWN:]:
+            table.add_row(*row)
+        parts: list[Table | Spinner] = [table] if self._rows else []
+        if self._phase:
+            parts.append(Spinner("dots", self._phase))
+        return Group(*parts)
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """The outcome, as a person wants to read it."""
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    rows = {
+        "pass rate (temperature 1, held out)": (summary.pass_rate_before, summary.pass_rate_after),
+        "pass rate (greedy, held out)": (summary.greedy_before, summary.greedy_after),
+    }
+    for name, (before, after) in rows.items():
+        table.add_row(name, f"{before:.3f} → {after:.3f}")
+    table.add_row(
+        "weight syncs",
+        f"{summary.syncs}, median {summary.sync_seconds_median * 1e3:.0f} ms, "
+        f"{summary.sync_bytes_total / 1e6:.1f} MB in all, "
+        f"{summary.digest_mismatches} of {summary.digest_checks} digests differ",
+    )
+    table.add_row(
+        "trainer against engine",
+        f"log-probability gap at most {summary.logprob_gap_max:.1e} a token "
+        f"(bound {summary.logprob_gap_bound:.0e})",
+    )
+    table.add_row("rollouts", f"{summary.rollout_tokens_per_second:,.0f} tokens/s")
+    table.add_row("wall time", f"{summary.wall_seconds:.0f} s for {summary.steps} steps")
+    console.print(table)

@@ -1,0 +1,60 @@
+"""The vLLM engine as an actor: a thin shell, so that Ray stays out of the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kimisys.adapters.vllm.engine import Engine, EngineConfig, Sample
+from kimisys.errors import KimisysError
+
+
+class EngineActor:
+    """One engine in a process of its own; `start` comes first."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._engine: Engine | None = None
+
+    async def start(self) -> None:
+        """Start vLLM; no weights are read."""
+        self._engine = await Engine.start(self._config)
+
+    async def connect(self, addresses: Sequence[str]) -> None:
+        """Plan the pull from the publishers at `addresses`."""
+        await self._started().connect(addresses)
+
+    async def update(self, version: int) -> dict[str, Any]:
+        """Pull, verify, pack and serve `version`; returns what Engine.update reports."""
+        return await self._started().update(version)
+
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        max_tokens: int,
+        temperature: float,
+        stop_token_ids: Sequence[int],
+        seed: int,
+        version: int,
+    ) -> list[list[Sample]]:
+        """Sample under `version`, and no other."""
+        return await self._started().generate(
+            prompts, samples, max_tokens, temperature, stop_token_ids, seed, version
+        )
+
+    async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The engine's log-softmax after each token but the last: float32[tokens - 1, vocabulary]."""
+        return await self._started().probe(token_ids)
+
+    async def close(self) -> None:
+        """End the engine and its worker processes."""
+        if self._engine is not None:
+            await self._engine.close()
+
+    def _started(self) -> Engine:
+        if self._engine is None:
+            raise KimisysError("the engine is not started: call start first")
+        return self._engine

@@ -1,0 +1,153 @@
+"""The processes of a run: Megatron ranks and one engine as Ray actors, started, called and ended together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from kimisys.adapters.ray import ActorLostError, wait
+from kimisys.adapters.vllm.engine import EngineConfig
+from kimisys.adapters.vllm.environment import environment
+from kimisys.broadcast import Subscriber, connect
+from kimisys.reshard.safetensors import create_checkpoint
+from kimisys.trainer.config import TrainConfig
+from kimisys.trainer.engine_actor import EngineActor
+from kimisys.trainer.megatron_rank import MegatronRank
+
+_CLOSE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Sync:
+    """One publication that the engine serves. Bytes are those that the engine pulled."""
+
+    version: int
+    seconds: float
+    nbytes: int
+    digests: int
+
+
+class Fleet:
+    """The actors of a run. Use as a context manager: leaving it ends every process and removes every socket."""
+
+    def __init__(self, config: TrainConfig, hf_config: Mapping[str, Any], model_folder: Path) -> None:
+        self._config, self._hf_config, self._folder = config, hf_config, model_folder
+        self._timeout = config.ready_timeout
+        self._sockets = Path(tempfile.mkdtemp(prefix="kimisys-"))  # mode 0700
+        self._ranks: list[Any] = []
+        self._engine: Any = None
+        self._starting: Any = None
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start_engine(self) -> None:
+        """Begin to start the engine; `connect` waits for it."""
+        config = EngineConfig(
+            self._folder,
+            dtype=self._config.wire_dtype,
+            max_length=int(self._hf_config["max_position_embeddings"]),
+            seed=self._config.seed,
+        )
+        remote = ray.remote(EngineActor).options(
+            num_cpus=0, max_concurrency=8, runtime_env={"env_vars": environment()}
+        )
+        self._engine = remote.remote(config)
+        self._starting = self._engine.start.remote()
+
+    def start_ranks(self) -> None:
+        """Start the Megatron ranks and load the model folder into them through a plan."""
+        world, port = self._config.tensor_parallel, _free_port()
+        remote = ray.remote(MegatronRank).options(
+            num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
+        )
+        self._ranks = [
+            remote.remote(rank, world, port, dict(self._hf_config), self._config.seed, self._timeout)
+            for rank in range(world)
+        ]
+        self.on_ranks("load", str(self._folder))
+
+    def connect(self) -> None:
+        """Open a publisher at every rank and let the engine, once started, plan its pull."""
+        snapshots = self.on_ranks("snapshot", self._config.wire_dtype)
+        self.on_ranks("open_publisher", snapshots, str(self._sockets))
+        addresses = [str(address) for address in self._addresses]
+        self._wait({"the engine": self._starting})
+        self._wait({"the engine": self._engine.connect.remote(addresses)})
+
+    @property
+    def _addresses(self) -> list[Path]:
+        return [self._sockets / f"rank{rank}" for rank in range(len(self._ranks))]
+
+    def on_ranks(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` on every rank; their results in rank order."""
+        shared = [ray.put(a) if hasattr(a, "tokens") else a for a in args]
+        calls = {
+            f"Megatron rank {r}": getattr(actor, method).remote(*shared)
+            for r, actor in enumerate(self._ranks)
+        }
+        return list(self._wait(calls).values())
+
+    def on_engine(self, method: str, *args: Any) -> Any:
+        """Call `method` on the engine."""
+        return self._wait({"the engine": getattr(self._engine, method).remote(*args)})["the engine"]
+
+    def publish(self, version: int) -> None:
+        """Publish the ranks' live weights as `version`, without telling the engine."""
+        self.on_ranks("publish", version)
+
+    def update_engine(self, version: int) -> Sync:
+        """Let the engine pull, verify and commit the published `version`."""
+        report: dict[str, Any] = self.on_engine("update", version)
+        return Sync(version, report["seconds"], report["nbytes"], report["digests"])
+
+    def save(self, folder: Path, version: int) -> None:
+        """Write the published `version` as a checkpoint folder: pulled like an engine's, verified by digest."""
+        files = {"config.json": json.dumps(dict(self._hf_config), indent=2) + "\n"}
+        with (
+            connect(self._addresses, timeout_seconds=self._timeout) as peers,
+            create_checkpoint(folder, peers.layout.tensors, files) as checkpoint,
+        ):
+            Subscriber(peers, checkpoint.layout, rank=0).pull(version, checkpoint.buffers)
+
+    def close(self) -> None:
+        """End the actors: asked first, killed when they do not answer. Never raises for a lost actor."""
+        closing = {f"Megatron rank {r}": a.close.remote() for r, a in enumerate(self._ranks)}
+        if self._engine is not None:
+            closing["the engine"] = self._engine.close.remote()
+        try:
+            wait(closing, _CLOSE_SECONDS)
+        except ActorLostError:
+            pass  # it is killed below, which is all that is left to do for it
+        finally:
+            for actor in [*self._ranks, self._engine]:
+                if actor is not None:
+                    ray.kill(actor)
+            self._ranks, self._engine = [], None
+            shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _wait(self, calls: Mapping[str, Any]) -> dict[str, Any]:
+        return wait(calls, self._timeout)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

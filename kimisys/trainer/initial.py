@@ -1,0 +1,38 @@
+"""The weights a run starts from: random, from the seed, in Hugging Face coordinates, as a checkpoint folder.
+
+Made before any layout is chosen, so the same seed is the same model at every parallel size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kimisys.adapters.megatron.families import family_of
+from kimisys.reshard.safetensors import create_checkpoint
+
+
+def write_initial_checkpoint(folder: Path, hf_config: Mapping[str, Any], seed: int) -> None:
+    """A float32 checkpoint: norms at one, matrices normal with `initializer_range`, the two that write into
+    the residual stream smaller by sqrt(2 · layers), as GPT-2 does."""
+    tensors = family_of(hf_config).hf_tensors("float32")
+    spread = float(hf_config["initializer_range"])
+    residual = spread / (2 * int(hf_config["num_hidden_layers"])) ** 0.5
+    files = {"config.json": json.dumps(dict(hf_config), indent=2) + "\n"}
+    with create_checkpoint(folder, tensors, files) as checkpoint:
+        data = checkpoint.buffers[0, "model.safetensors"]
+        for position, fragment in enumerate(checkpoint.layout.fragments):
+            generator = np.random.default_rng([seed, position])
+            shape = tuple(fragment.region.extent)
+            count = int(np.prod(shape))
+            view = np.frombuffer(data, np.float32, count, fragment.byte_offset).reshape(shape)
+            if len(shape) == 1:
+                view[:] = 1.0
+            else:
+                writes_residual = fragment.tensor.endswith(("o_proj.weight", "down_proj.weight"))
+                view[:] = generator.standard_normal(shape, np.float32)
+                view *= residual if writes_residual else spread

@@ -1,0 +1,244 @@
+"""The run: supervised warm-up, then iterations of sample, score, improve, publish; all of it on real weights."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kimisys.adapters.megatron.families import check_layout
+from kimisys.adapters.ray import local_cluster
+from kimisys.errors import DigestError, KimisysError
+from kimisys.trainer.arithmetic import ArithmeticTask
+from kimisys.trainer.batch import Batch, make_batch
+from kimisys.trainer.config import LOGPROB_GAP_BOUNDS, TrainConfig
+from kimisys.trainer.display import Display
+from kimisys.trainer.fleet import Fleet, Sync
+from kimisys.trainer.initial import write_initial_checkpoint
+from kimisys.trainer.megatron_rank import Improvement
+from kimisys.trainer.metrics import MetricsLog, StepMetrics, Summary, write_json
+from kimisys.trainer.plot import plot_run
+from kimisys.trainer.rollout import Rollouts, sample
+from kimisys.trainer.tokenizer import Tokenizer
+
+SFT_CHUNK = 25  # steps between two signs of life
+
+
+class EngineMismatchError(KimisysError):
+    """The engine computes something else than the trainer, though the digests of the weights agree."""
+
+
+@dataclass
+class Watch:
+    """What is checked at every step, and the worst that was seen."""
+
+    bound: float
+    logprob_gaps: list[float] = field(default_factory=list)
+    probe_gaps: list[float] = field(default_factory=list)
+    syncs: list[Sync] = field(default_factory=list)
+    digest_mismatches: int = 0
+    exceeded_at: int | None = None
+
+    def gap(self, step: int, gap: float, frozen: bool) -> None:
+        """Note the log-probability gap of `step`; EngineMismatchError beyond the bound, unless `frozen`."""
+        self.logprob_gaps.append(gap)
+        if gap <= self.bound:
+            return
+        if not frozen:
+            raise EngineMismatchError(
+                f"step {step}: trainer and engine differ by {gap:.2e} a token in log-probability (bound "
+                f"{self.bound:.0e}), so the engine does not serve the weights that it verified; look at what "
+                "it derives from its parameters (kimisys/adapters/vllm/pack.py)"
+            )
+        self.exceeded_at = self.exceeded_at or step
+
+
+class Master:
+    """One run of the recipe in `config`, writing into `out`."""
+
+    def __init__(self, config: TrainConfig, out: Path, display: Display) -> None:
+        self._config, self._out, self._display = config, out, display
+        self._tokenizer = Tokenizer()
+        self._task = ArithmeticTask()
+        self._context = self._task.max_prompt_tokens + self._task.max_completion_tokens
+        self._hf_config = config.model.hugging_face(
+            self._tokenizer.vocab_size, self._context, self._tokenizer.eos_id, self._tokenizer.pad_id
+        )
+        self._watch = Watch(LOGPROB_GAP_BOUNDS[config.wire_dtype])
+        self._steps: list[StepMetrics] = []
+        self._version = 0
+        self._served = 0
+        self._probe = self._tokenizer.encode(self._task.held_out(1)[0].demonstration)
+
+    def run(self) -> Summary:
+        """Train; returns the summary that it also wrote to `out`/summary.json."""
+        started = time.perf_counter()
+        config, display = self._config, self._display
+        check_layout(self._hf_config, config.tensor_parallel, config.tensor_parallel)
+        initial = self._out / "initial"
+        write_initial_checkpoint(initial, self._hf_config, config.seed)
+        display.phase("starting Megatron and vLLM")
+        with (
+            local_cluster(cpus=2),
+            Fleet(config, self._hf_config, initial) as fleet,
+            MetricsLog(self._out / "metrics.jsonl") as log,
+        ):
+            fleet.start_engine()
+            fleet.start_ranks()
+            self._warm_up(fleet)
+            display.phase("connecting the engine")
+            fleet.connect()
+            self._sync(fleet)
+            before = self._evaluate(fleet, "before RL")
+            for step in range(1, config.steps + 1):
+                metrics = self._step(fleet, step)
+                self._steps.append(metrics)
+                log.append(metrics)
+                display.step(metrics)
+            after = self._evaluate(fleet, "after RL")
+            display.phase("saving the weights")
+            fleet.save(self._out / "model", self._version)
+            display.phase("ending the processes")
+        summary = self._summary(before, after, time.perf_counter() - started)
+        write_json(self._out / "summary.json", asdict(summary))
+        plot_run(self._out / "curve.png", self._steps, summary)
+        return summary
+
+    def _warm_up(self, fleet: Fleet) -> None:
+        sft = self._config.sft
+        examples = self._task.sft_examples(self._config.seed, sft.steps * sft.batch_size)
+        batches = [self._demonstrations(examples[i : i + sft.batch_size])
+                   for i in range(0, len(examples), sft.batch_size)]
+        for first in range(0, sft.steps, SFT_CHUNK):
+            chunk = batches[first : first + SFT_CHUNK]
+            rates = [sft.learning_rate_at(first + i) for i in range(len(chunk))]
+            losses = fleet.on_ranks("sft", chunk, rates, self._config.clip_gradient)[0]
+            done = min(first + SFT_CHUNK, sft.steps)
+            self._display.phase(f"supervised warm-up: step {done}/{sft.steps}, loss {losses[-1]:.3f}")
+
+    def _demonstrations(self, problems: Any) -> Batch:
+        encode, eos = self._tokenizer.encode, self._tokenizer.eos_id
+        return make_batch(
+            [encode(problem.prompt) for problem in problems],
+            [[*encode(problem.completion), eos] for problem in problems],
+            self._tokenizer.pad_id,
+        )
+
+    def _sync(self, fleet: Fleet) -> tuple[float, float]:
+        """Publish, let the engine follow unless it is frozen, and compare what both compute.
+
+        Returns the seconds that it took and the largest difference of the probe's log-probabilities.
+        """
+        start = time.perf_counter()
+        self._version += 1
+        fleet.publish(self._version)
+        if not (self._config.freeze_engine and self._served):
+            try:
+                sync = fleet.update_engine(self._version)
+            except DigestError:
+                self._watch.digest_mismatches += 1
+                raise
+            self._served = self._version
+            self._watch.syncs.append(sync)
+        seconds = time.perf_counter() - start
+        trainer = fleet.on_ranks("probe", self._probe)[0]
+        engine = fleet.on_engine("probe", self._probe)
+        gap = float(np.abs(trainer - engine).max())
+        self._watch.probe_gaps.append(gap)
+        if gap > 10 * self._watch.bound and self._served == self._version:
+            raise EngineMismatchError(
+                f"version {self._version}: the engine's log-probabilities of the probe differ from the "
+                f"trainer's by up to {gap:.2e}, though the digests of the weights agree"
+            )
+        return seconds, gap
+
+    def _step(self, fleet: Fleet, step: int) -> StepMetrics:
+        config, start = self._config, time.perf_counter()
+        self._display.phase(f"step {step}/{config.steps}: sampling")
+        rollouts = self._sample(fleet, step)
+        self._display.phase(f"step {step}/{config.steps}: training")
+        scored = time.perf_counter()
+        log_probs = fleet.on_ranks("score", rollouts.batch)[0]
+        mask = rollouts.batch.mask
+        gap = float((np.abs(log_probs - rollouts.engine_log_probs) * mask).sum() / mask.sum())
+        self._watch.gap(step, gap, config.freeze_engine)
+        score_seconds = time.perf_counter() - scored
+        trained = time.perf_counter()
+        reference = (log_probs * mask).sum(axis=1)
+        update = fleet.on_ranks(
+            "improve",
+            Improvement(
+                rollouts.batch, rollouts.rewards, rollouts.groups, reference, config.minibatches,
+                config.learning_rate, config.tau, config.clip_gradient, config.seed + step,
+            ),
+        )[0]
+        train_seconds = time.perf_counter() - trained
+        sync_seconds, probe_gap = self._sync(fleet)
+        return StepMetrics(
+            step=step,
+            version=self._version,
+            reward=float(rollouts.rewards.mean()),
+            pass_rate=rollouts.pass_rate,
+            completion_length=rollouts.mean_length,
+            tokens=rollouts.tokens,
+            rollout_tokens_per_second=rollouts.tokens / rollouts.seconds,
+            loss=update.loss,
+            gradient_norm=update.gradient_norm,
+            log_ratio=update.divergence,
+            logprob_gap=gap,
+            probe_gap=probe_gap,
+            sync_bytes=self._watch.syncs[-1].nbytes if self._served == self._version else 0,
+            sync_seconds=sync_seconds,
+            rollout_seconds=rollouts.seconds,
+            score_seconds=score_seconds,
+            train_seconds=train_seconds,
+            step_seconds=time.perf_counter() - start,
+        )
+
+    def _sample(self, fleet: Fleet, step: int) -> Rollouts:
+        config = self._config
+        problems = self._task.problems(config.seed, step, config.prompts)
+        return sample(
+            fleet, self._tokenizer, problems, config.samples, 1.0,
+            self._task.max_completion_tokens, config.seed * 1_000_003 + step, self._served,
+        )
+
+    def _evaluate(self, fleet: Fleet, when: str) -> tuple[float, float]:
+        """Pass rates on the held-out problems: sampled at temperature 1, and greedy."""
+        self._display.phase(f"measuring {self._config.held_out} held-out problems {when}")
+        problems = self._task.held_out(self._config.held_out)
+        longest = self._task.max_completion_tokens
+        sampled, greedy = (
+            sample(fleet, self._tokenizer, problems, 1, temperature, longest, 0, self._served).pass_rate
+            for temperature in (1.0, 0.0)
+        )
+        self._display.note(f"{when}: pass rate {sampled:.3f} at temperature 1, {greedy:.3f} greedy")
+        return sampled, greedy
+
+    def _summary(
+        self, before: tuple[float, float], after: tuple[float, float], seconds: float
+    ) -> Summary:
+        watch, steps = self._watch, self._steps
+        return Summary(
+            pass_rate_before=before[0],
+            pass_rate_after=after[0],
+            greedy_before=before[1],
+            greedy_after=after[1],
+            steps=len(steps),
+            wall_seconds=seconds,
+            syncs=len(watch.syncs),
+            sync_seconds_median=statistics.median(s.sync_seconds for s in steps),
+            sync_bytes_total=sum(s.nbytes for s in watch.syncs),
+            digest_checks=sum(s.digests for s in watch.syncs),
+            digest_mismatches=watch.digest_mismatches,
+            logprob_gap_max=max(watch.logprob_gaps),
+            logprob_gap_bound=watch.bound,
+            logprob_gap_exceeded_at=watch.exceeded_at,
+            probe_gap_max=max(watch.probe_gaps),
+            rollout_tokens_per_second=sum(s.tokens for s in steps) / sum(s.rollout_seconds for s in steps),
+            seed=self._config.seed,
+        )

@@ -1,0 +1,153 @@
+"""One tensor-parallel Megatron rank, as an actor: it loads, trains, scores and publishes its own shards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kimisys.adapters.megatron import runtime
+from kimisys.adapters.megatron.layout import model_buffers, model_layout
+from kimisys.adapters.megatron.model import build_model
+from kimisys.adapters.megatron.policy import Policy
+from kimisys.broadcast import Publisher, snapshot_layout
+from kimisys.reshard import Layout, plan
+from kimisys.reshard.safetensors import open_checkpoint
+from kimisys.rl.policy_loss import group_advantages, policy_loss, sample_weights
+from kimisys.trainer.batch import Batch
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """What one iteration learns from. groups: int64[rows], numbered from 0; rewards, reference: float32[rows],
+    reference being log π_i of each completion."""
+
+    batch: Batch
+    rewards: np.ndarray
+    groups: np.ndarray
+    reference: np.ndarray
+    minibatches: int
+    learning_rate: float
+    tau: float
+    clip_gradient: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Improved:
+    """Means over the optimizer steps of an iteration. divergence: of the last one, an estimate of KL(π_i ‖ π_θ)
+    in nats a completion."""
+
+    loss: float
+    gradient_norm: float
+    divergence: float
+
+
+class MegatronRank:
+    """Loads its shards of `checkpoint` on construction. All ranks make the same calls in the same order."""
+
+    def __init__(
+        self, rank: int, world: int, port: int, hf_config: Mapping[str, Any], seed: int, timeout: float
+    ) -> None:
+        torch.set_num_threads(1)
+        runtime.initialize(world, rank, world, "127.0.0.1", port, seed, timeout, hf_config)
+        self.rank = rank
+        self.model = build_model(dict(hf_config), torch.float32)
+        self.layout = model_layout(self.model, dict(hf_config), rank)
+        self.buffers = model_buffers(self.model, rank)
+        self.policy = Policy(self.model)
+        self._publisher: Publisher | None = None
+        self._wire = torch.float32
+
+    def load(self, folder: str) -> int:
+        """Fill the parameters from a checkpoint folder; returns the bytes written."""
+        checkpoint = open_checkpoint(folder)
+        loading = plan(checkpoint.layout, self.layout)
+        loading.execute(checkpoint.buffers, self.buffers)
+        return loading.nbytes
+
+    def snapshot(self, wire_dtype: str) -> str:
+        """The layout of this rank's snapshot in the wire dtype, as JSON."""
+        self._wire = getattr(torch, wire_dtype)
+        return snapshot_layout(self.layout, wire_dtype).to_json()
+
+    def open_publisher(self, snapshots: Sequence[str], folder: str) -> None:
+        """Serve this rank's snapshot at `folder`/rankN, given the snapshot layouts of all ranks."""
+        merged = Layout.merge([Layout.from_json(text) for text in snapshots])
+        self._publisher = Publisher(self.layout, merged, self.rank, Path(folder) / f"rank{self.rank}")
+
+    def publish(self, version: int) -> float:
+        """Publish the live weights as `version`; returns the seconds it took."""
+        if self._publisher is None:
+            raise RuntimeError("open_publisher comes before publish")
+        start = time.perf_counter()
+        self._publisher.publish(version, self.buffers, threads=1)
+        return time.perf_counter() - start
+
+    def sft(self, batches: Sequence[Batch], rates: Sequence[float], clip: float) -> list[float]:
+        """One AdamW step on each batch; returns the mean cross-entropy of each, in nats per token."""
+        return [
+            self.policy.sft_step(_tensor(batch.tokens), _tensor(batch.mask), rate, clip).loss
+            for batch, rate in zip(batches, rates, strict=True)
+        ]
+
+    def score(self, batch: Batch) -> np.ndarray:
+        """Log-probability of each next token, float32[sequences, tokens - 1], under the published weights."""
+        with self.policy.on_wire(self._wire):
+            return self.policy.token_log_probs(_tensor(batch.tokens), _tensor(batch.mask)).numpy()
+
+    def improve(self, work: Improvement) -> Improved:
+        """One iteration of k1.5: the optimizer's state is forgotten, then one step on each minibatch."""
+        self.policy.reset_optimizer()
+        order = np.random.default_rng(work.seed).permutation(int(work.groups.max()) + 1)
+        losses, norms, divergence = [], [], 0.0
+        for chosen in np.array_split(order, work.minibatches):
+            rows = np.flatnonzero(np.isin(work.groups, chosen))
+            loss = _PolicyLoss(work, rows)
+            batch = work.batch.rows(rows)
+            step = self.policy.policy_step(
+                _tensor(batch.tokens), _tensor(batch.mask), loss, work.learning_rate, work.clip_gradient
+            )
+            losses.append(step.loss)
+            norms.append(step.gradient_norm)
+            divergence = loss.divergence
+        return Improved(float(np.mean(losses)), float(np.mean(norms)), divergence)
+
+    def probe(self, tokens: Sequence[int]) -> np.ndarray:
+        """Log-softmax over the vocabulary after each token but the last, under the published weights."""
+        with self.policy.on_wire(self._wire):
+            return self.policy.full_log_probs(torch.tensor([list(tokens)]))[0, :-1].numpy()
+
+    def close(self) -> None:
+        """Remove the socket and leave the process group."""
+        if self._publisher is not None:
+            self._publisher.close()
+        runtime.shutdown()
+
+
+class _PolicyLoss:
+    """k1.5's loss on `rows` of an iteration, in the form `Policy.policy_step` takes: micro-batch by micro-batch."""
+
+    def __init__(self, work: Improvement, rows: np.ndarray) -> None:
+        groups, rewards = _tensor(work.groups[rows]), _tensor(work.rewards[rows])
+        self._advantages = group_advantages(rewards, groups)
+        self._weights = sample_weights(groups)
+        self._reference = _tensor(work.reference[rows])
+        self._tau = work.tau
+        self.divergence = 0.0
+
+    def __call__(self, log_probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        result = policy_loss(
+            log_probs, self._reference[rows], self._advantages[rows], self._weights[rows], self._tau
+        )
+        self.divergence += float(result.divergence)
+        return result.loss
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.copy())  # what Ray hands over is read-only

@@ -1,0 +1,85 @@
+"""What a run writes down: metrics.jsonl, one object a step, is the truth; summary.json is its outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One RL iteration. Times are seconds, lengths tokens, rates tokens per second."""
+
+    step: int
+    version: int
+    reward: float
+    pass_rate: float
+    completion_length: float
+    tokens: int
+    rollout_tokens_per_second: float
+    loss: float
+    gradient_norm: float
+    log_ratio: float
+    logprob_gap: float
+    probe_gap: float
+    sync_bytes: int
+    sync_seconds: float
+    rollout_seconds: float
+    score_seconds: float
+    train_seconds: float
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of a run, as `summary.json` holds it."""
+
+    pass_rate_before: float
+    pass_rate_after: float
+    greedy_before: float
+    greedy_after: float
+    steps: int
+    wall_seconds: float
+    syncs: int
+    sync_seconds_median: float
+    sync_bytes_total: int
+    digest_checks: int
+    digest_mismatches: int
+    logprob_gap_max: float
+    logprob_gap_bound: float
+    logprob_gap_exceeded_at: int | None
+    probe_gap_max: float
+    rollout_tokens_per_second: float
+    seed: int
+
+
+class MetricsLog:
+    """Appends StepMetrics to a JSONL file; each line is on disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+
+    def append(self, metrics: StepMetrics) -> None:
+        self._stream.write(json.dumps(asdict(metrics)) + "\n")
+        self._stream.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+
+
+def write_json(path: Path, record: object) -> None:
+    """Write `record` (JSON types) so that `path` holds either the old content or the new, whole."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

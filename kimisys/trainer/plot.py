@@ -1,0 +1,36 @@
+"""The curve that people would rather look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402 - the backend is chosen before
+
+from kimisys.trainer.metrics import StepMetrics, Summary  # noqa: E402
+
+
+def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None:
+    """Pass rate in training and on the held-out problems, and the time of each phase, as one PNG."""
+    figure, (rate, time) = pyplot.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
+    numbers = [s.step for s in steps]
+    rate.plot(numbers, [s.pass_rate for s in steps], color="tab:blue", label="training, temperature 1")
+    ends = [0, summary.steps]
+    held_out = [summary.pass_rate_before, summary.pass_rate_after]
+    greedy = [summary.greedy_before, summary.greedy_after]
+    rate.plot(ends, held_out, "o", color="tab:orange", label="held out, temperature 1")
+    rate.plot(ends, greedy, "s", color="tab:green", label="held out, greedy")
+    rate.set(xlabel="RL step", ylabel="pass rate", ylim=(0, 1.02), title="Pass rate")
+    rate.legend(loc="lower right")
+    rate.grid(alpha=0.3)
+    phases = ("rollout_seconds", "score_seconds", "train_seconds", "sync_seconds")
+    series = [[getattr(s, phase) for s in steps] for phase in phases]
+    time.stackplot(numbers, series, labels=[p.removesuffix("_seconds") for p in phases], alpha=0.85)
+    time.set(xlabel="RL step", ylabel="seconds", title="Where a step's time goes")
+    time.legend(loc="upper right")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,69 @@
+"""The benchmark harness: what it writes, and that it refuses to time a wrong answer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import names, run
+from bench.harness import Case, measure
+
+KEYS = "bench case metric unit value low high peer peer_value ratio correct machine".split()
+
+
+def case(answer: bool, nbytes: int | None = None) -> Case:
+    return Case("c", lambda: sum(range(1000)), "peer", lambda: sum(range(1000)), lambda: answer, nbytes)
+
+
+def test_a_record_has_every_field() -> None:
+    record = asdict(measure("b", case(True, nbytes=10), repeats=3))
+    assert list(record) == KEYS
+    assert record["unit"] == "GB/s"
+    assert record["low"] <= record["value"] <= record["high"]
+    assert record["ratio"] > 0
+
+
+def test_a_wrong_answer_gets_no_time() -> None:
+    record = measure("b", case(False), repeats=3)
+    assert record.correct is False
+    assert (record.value, record.low, record.high, record.peer_value, record.ratio) == (None,) * 5
+
+
+def test_every_benchmark_is_listed_and_defines_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    listed = capsys.readouterr().out
+    for name in names():
+        assert name in listed
+        assert callable(importlib.import_module(f"bench.{name}").cases)
+    assert {"reshard", "broadcast"} <= set(names())
+
+
+def test_json_and_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("bench.reshard")
+    monkeypatch.setattr(module, "cases", lambda: iter([case(True), case(False)]))
+    assert run("reshard", tmp_path / "out.json", repeats=2) == 1
+    records = json.loads((tmp_path / "out.json").read_text())
+    assert [r["correct"] for r in records] == [True, False]
+    assert list(records[0]) == KEYS
+    assert run("no-such-benchmark") == 2
+
+
+def test_the_shipped_cases_give_right_answers() -> None:
+    reshard = importlib.import_module("bench.reshard")
+    broadcast = importlib.import_module("bench.broadcast")
+    small = [
+        reshard.whole(1 << 16),
+        reshard.column_shards(256, 1 << 16),
+        reshard.cast(1 << 16),
+        reshard.small_copies(50, 1024),
+        broadcast.digesting("bfloat16", 1 << 16),
+        broadcast.digesting("float32", 1 << 16),
+    ]
+    for each in small:
+        assert measure("b", each, repeats=1).correct, each.name
+    for each in broadcast.publish_and_pull(1 << 16):
+        assert measure("b", each, repeats=1).correct, each.name

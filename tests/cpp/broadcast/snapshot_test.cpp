@@ -1,0 +1,181 @@
+#include "broadcast/snapshot.h"
+
+#include <doctest/doctest.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#include "base/error.h"
+#include "expect.h"
+
+namespace kimisys::broadcast {
+namespace {
+
+using test::expect_error;
+
+void publish(Snapshot& snapshot, std::uint64_t version, std::byte fill) {
+  snapshot.begin(version);
+  std::memset(snapshot.data().data(), std::to_integer<int>(fill), snapshot.data().size());
+  snapshot.commit(std::array<std::uint64_t, 2>{version, version + 1});
+}
+
+// A sealed memory file with these first words, as a hostile or foreign peer might send.
+FileDescriptor forged(const std::vector<std::uint64_t>& words, off_t size,
+                      int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) {
+  FileDescriptor file(::memfd_create("forged", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  REQUIRE(::ftruncate(file.get(), size) == 0);
+  const auto count = static_cast<ssize_t>(words.size() * sizeof(std::uint64_t));
+  if (count > 0)
+    REQUIRE(::pwrite(file.get(), words.data(), static_cast<std::size_t>(count), 0) == count);
+  if (seals != 0) REQUIRE(::fcntl(file.get(), F_ADD_SEALS, seals) == 0);
+  return file;
+}
+
+std::vector<std::uint64_t> header_words(const Snapshot& snapshot) {
+  std::vector<std::uint64_t> words(6);
+  REQUIRE(::pread(snapshot.descriptor(), words.data(), 48, 0) == 48);
+  return words;
+}
+
+TEST_CASE("what is committed is what a reader sees") {
+  Snapshot writer = Snapshot::create(1000, 2);
+  const Snapshot reader = Snapshot::open(writer.descriptor());
+  CHECK(reader.data().size() == 1000);
+  CHECK(reader.digest_count() == 2);
+  CHECK_FALSE(reader.writable());
+  CHECK(reinterpret_cast<std::uintptr_t>(reader.data().data()) % 4096 == 0);
+  expect_error(ErrorCode::kVersion, {"no version yet"}, [&] { reader.published(); });
+
+  publish(writer, 7, std::byte{42});
+  const Published published = reader.published();
+  CHECK(published.version == 7);
+  CHECK(published.digests == std::vector<std::uint64_t>{7, 8});
+  CHECK(reader.data()[999] == std::byte{42});
+  reader.confirm(published);
+
+  publish(writer, 9, std::byte{43});
+  expect_error(ErrorCode::kSnapshot, {"version 7 was overwritten"},
+               [&] { reader.confirm(published); });
+  CHECK(reader.published().version == 9);
+}
+
+TEST_CASE("a publish under way, or one that never ended, is unreadable until the next commit") {
+  Snapshot writer = Snapshot::create(16, 2);
+  publish(writer, 1, std::byte{1});
+  writer.begin(2);
+  expect_error(ErrorCode::kSnapshot, {"is being written", "died"}, [&] { writer.published(); });
+  writer.data()[0] = std::byte{9};  // and the writer gives up here
+  writer.begin(3);
+  expect_error(ErrorCode::kSnapshot, {}, [&] { writer.published(); });
+  writer.abort();  // nothing was written since begin(3), but the bytes are still torn
+  expect_error(ErrorCode::kSnapshot, {}, [&] { writer.published(); });
+  publish(writer, 3, std::byte{3});
+  CHECK(writer.published().version == 3);
+}
+
+TEST_CASE("abort brings the last version back") {
+  Snapshot writer = Snapshot::create(16, 2);
+  writer.begin(1);
+  writer.abort();
+  expect_error(ErrorCode::kVersion, {}, [&] { writer.published(); });
+  publish(writer, 1, std::byte{1});
+  const Published before = writer.published();
+  writer.begin(2);
+  writer.abort();
+  CHECK(writer.published().version == 1);
+  expect_error(ErrorCode::kSnapshot, {}, [&] { writer.confirm(before); });
+}
+
+TEST_CASE("versions strictly increase, and a refused one changes nothing") {
+  Snapshot writer = Snapshot::create(16, 2);
+  publish(writer, 5, std::byte{5});
+  for (const std::uint64_t version : {std::uint64_t{5}, std::uint64_t{4}, ~std::uint64_t{0}}) {
+    expect_error(ErrorCode::kVersion, {"after version 5"}, [&] { writer.begin(version); });
+    CHECK(writer.published().version == 5);
+  }
+}
+
+TEST_CASE("misuse is refused") {
+  Snapshot writer = Snapshot::create(16, 2);
+  Snapshot reader = Snapshot::open(writer.descriptor());
+  expect_error(ErrorCode::kSnapshot, {}, [&] { reader.begin(1); });
+  expect_error(ErrorCode::kSnapshot, {}, [&] { writer.commit({}); });
+  expect_error(ErrorCode::kSnapshot, {}, [&] { writer.abort(); });
+  writer.begin(1);
+  expect_error(ErrorCode::kSnapshot, {}, [&] { writer.commit({}); });
+  expect_error(ErrorCode::kSnapshot, {}, [] { Snapshot::create(std::size_t{1} << 62U, 0); });
+  expect_error(ErrorCode::kSnapshot, {}, [] { Snapshot::open(-1); });
+}
+
+TEST_CASE("nobody can change the size, nor write through the descriptor") {
+  const Snapshot writer = Snapshot::create(8192, 0);
+  CHECK(::ftruncate(writer.descriptor(), 0) == -1);
+  CHECK(::ftruncate(writer.descriptor(), 1 << 20) == -1);
+  CHECK(::pwrite(writer.descriptor(), "x", 1, 0) == -1);
+  CHECK(::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, writer.descriptor(), 0) ==
+        MAP_FAILED);
+  CHECK(::fcntl(writer.descriptor(), F_ADD_SEALS, F_SEAL_WRITE) == -1);
+}
+
+TEST_CASE("an empty snapshot and many digests") {
+  Snapshot writer = Snapshot::create(0, 2000);
+  std::vector<std::uint64_t> digests(2000);
+  std::iota(digests.begin(), digests.end(), 1);
+  writer.begin(0);
+  writer.commit(digests);
+  const Snapshot reader = Snapshot::open(writer.descriptor());
+  CHECK(reader.published().digests == digests);
+  CHECK(reader.data().empty());
+}
+
+TEST_CASE("the mapping outlives the writer") {
+  auto writer = std::make_unique<Snapshot>(Snapshot::create(4096, 2));
+  publish(*writer, 1, std::byte{7});
+  const Snapshot reader = Snapshot::open(writer->descriptor());
+  writer.reset();
+  CHECK(reader.published().version == 1);
+  CHECK(reader.data()[4095] == std::byte{7});
+}
+
+TEST_CASE("hostile headers are refused") {
+  const Snapshot good = Snapshot::create(4096, 3);
+  const std::vector<std::uint64_t> words = header_words(good);
+  Snapshot::open(forged(words, 8192).get());  // the forgery itself is sound
+  const auto refused = [&](std::size_t word, std::uint64_t value, const char* why) {
+    std::vector<std::uint64_t> changed = words;
+    changed[word] = value;
+    expect_error(ErrorCode::kSnapshot, {why}, [&] { Snapshot::open(forged(changed, 8192).get()); });
+  };
+  refused(0, words[0] ^ 1U, "mark of a kimisys snapshot");
+  refused(1, 2, "format 2");
+  refused(2, 4097, "promises");                      // more data than memory
+  refused(2, 0, "promises");                         // less
+  refused(2, ~std::uint64_t{0} - 4095, "promises");  // wraps around
+  refused(3, 600, "promises");                       // digests reach into the data
+  refused(3, ~std::uint64_t{0}, "promises");
+  refused(3, std::uint64_t{1} << 61U, "promises");  // times eight wraps to zero
+  expect_error(ErrorCode::kSnapshot, {}, [&] { Snapshot::open(forged(words, 20).get()); });
+  expect_error(ErrorCode::kSnapshot, {}, [&] { Snapshot::open(forged({}, 0).get()); });
+}
+
+TEST_CASE("only sealed memory files are mapped") {
+  const std::vector<std::uint64_t> words = header_words(Snapshot::create(4096, 3));
+  expect_error(ErrorCode::kSnapshot, {}, [&] { Snapshot::open(forged(words, 8192, 0).get()); });
+  expect_error(ErrorCode::kSnapshot, {},
+               [&] { Snapshot::open(forged(words, 8192, F_SEAL_GROW | F_SEAL_SEAL).get()); });
+  expect_error(ErrorCode::kSnapshot, {},
+               [&] { Snapshot::open(forged(words, 8192, F_SEAL_SHRINK | F_SEAL_GROW).get()); });
+  std::array<int, 2> ends{};
+  REQUIRE(::pipe(ends.data()) == 0);
+  const FileDescriptor one(ends[0]);
+  const FileDescriptor two(ends[1]);
+  expect_error(ErrorCode::kSnapshot, {}, [&] { Snapshot::open(one.get()); });
+}
+
+}  // namespace
+}  // namespace kimisys::broadcast
