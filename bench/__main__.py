@@ -20,7 +20,11 @@ from bench.harness import Record, machine, measure
 
 def names() -> list[str]:
     """The benchmarks: every module here that defines `cases`."""
-    found = (m.name for m in pkgutil.iter_modules(bench.__path__) if m.name not in {"__main__", "harness"})
+    found = (
+        m.name
+        for m in pkgutil.iter_modules(bench.__path__)
+        if m.name not in {"__main__", "harness"}
+    )
     return sorted(found)
 
 
@@ -31,7 +35,8 @@ def run(
 ) -> int:
     """Run the benchmark NAME; without a name, list what there is.
 
-    Every case checks its answer, then times ours and its peer alternately. Exit status 1: a wrong answer.
+    Every case checks its answer, then times ours and its peer alternately. Exit status 1: a wrong
+    answer.
 
     Args:
         name: Which benchmark.
@@ -52,7 +57,9 @@ def run(
         with console.status(case.name):
             records.append(measure(name, case, repeats))
     console.print(_table(records))
-    console.print(f"{machine()}; medians of {repeats} interleaved runs, extremes in brackets", highlight=False)
+    console.print(
+        f"{machine()}; medians of {repeats} interleaved runs, extremes in brackets", highlight=False
+    )
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n")
     return 0 if all(record.correct for record in records) else 1
@@ -60,7 +67,13 @@ def run(
 
 def _table(records: list[Record]) -> Table:
     table = Table(box=None, padding=(0, 2))
-    for column, justify in (("case", "left"), ("kimisys", "right"), ("peer", "right"), ("", "left"), ("ratio", "right")):
+    for column, justify in (
+        ("case", "left"),
+        ("kimisys", "right"),
+        ("peer", "right"),
+        ("", "left"),
+        ("ratio", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for r in records:
         if not r.correct:

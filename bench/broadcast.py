@@ -1,4 +1,4 @@
-"""Publishing and pulling: digest, and snapshot to subscriber, against one memcpy of the same bytes."""
+"""Publishing and pulling, digests on: against one memcpy of the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a shared machine: ours and the peer in turn, in one run, the answer checked first."""
+"""Timing for shared machines: the answer checked first, then ours and the peer in turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Record:
-    """One measured case. value: the median; low, high: the extremes; ratio: ours against the peer, larger is better.
+    """One measured case. value: the median; low, high: the extremes; ratio: ours against the peer,
+    larger is better.
 
     With `correct` false there is no time and no ratio.
     """
@@ -35,7 +36,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time. `ours` and `peer` do the same work, and `correct` looks at what `ours` made."""
+    """Something to time. `ours` and `peer` do the same work, and `correct` looks at what `ours`
+    made."""
 
     name: str
     ours: Callable[[], object]
@@ -47,12 +49,24 @@ class Case:
 
 
 def measure(bench: str, case: Case, repeats: int) -> Record:
-    """Check the answer, then time `ours` and `peer` alternately, `repeats` times each after a warm-up."""
+    """Check the answer, then time `ours` and `peer` alternately, `repeats` times each after a
+    warm-up."""
     metric, unit = ("throughput", "GB/s") if case.nbytes is not None else ("time", "ms")
     case.ours()
     if not case.correct():
         return Record(
-            bench, case.name, metric, unit, None, None, None, case.peer_name, None, None, False, machine()
+            bench,
+            case.name,
+            metric,
+            unit,
+            None,
+            None,
+            None,
+            case.peer_name,
+            None,
+            None,
+            False,
+            machine(),
         )
     case.peer()
     ours, peers = [], []

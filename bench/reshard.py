@@ -14,7 +14,8 @@ MIB = 1 << 20
 
 
 def matrix(rows: int, columns: int, dtype: str, rank: int, parts: int, axis: int) -> Layout:
-    """A [rows, columns] matrix cut along `axis` into `parts` equal shards on ranks `rank`, `rank + 1`, ..."""
+    """A [rows, columns] matrix cut along `axis` into `parts` equal shards on ranks `rank`, `rank +
+    1`, ..."""
     size = {"float32": 4, "bfloat16": 2}[dtype]
     shape = [rows, columns]
     shape[axis] //= parts
@@ -31,10 +32,19 @@ def matrix(rows: int, columns: int, dtype: str, rank: int, parts: int, axis: int
 def column_shards(row_bytes: int, total: int) -> Case:
     """Two column shards into one whole matrix: rows of `row_bytes` on the source's side."""
     columns, rows = 2 * row_bytes // 2, total // (2 * row_bytes)
-    made = plan(matrix(rows, columns, "bfloat16", 0, 2, axis=1), matrix(rows, columns, "bfloat16", 0, 1, axis=1))
+    made = plan(
+        matrix(rows, columns, "bfloat16", 0, 2, axis=1),
+        matrix(rows, columns, "bfloat16", 0, 1, axis=1),
+    )
     generator = torch.Generator().manual_seed(0)
-    shards = [torch.randint(0, 1 << 15, (rows, columns // 2), generator=generator, dtype=torch.int16) for _ in "ab"]
-    whole, expected = torch.zeros(rows, columns, dtype=torch.int16), torch.zeros(rows, columns, dtype=torch.int16)
+    shards = [
+        torch.randint(0, 1 << 15, (rows, columns // 2), generator=generator, dtype=torch.int16)
+        for _ in "ab"
+    ]
+    whole, expected = (
+        torch.zeros(rows, columns, dtype=torch.int16),
+        torch.zeros(rows, columns, dtype=torch.int16),
+    )
     sources = {(rank, "w"): shard.numpy() for rank, shard in enumerate(shards)}
     destinations = {(0, "w"): whole.numpy()}
 
@@ -60,7 +70,10 @@ def cast(total: int) -> Case:
     """float32 masters into bfloat16; bytes counted on the destination's side."""
     columns = 1024
     rows = total // (2 * columns)
-    made = plan(matrix(rows, columns, "float32", 0, 1, axis=0), matrix(rows, columns, "bfloat16", 0, 1, axis=0))
+    made = plan(
+        matrix(rows, columns, "float32", 0, 1, axis=0),
+        matrix(rows, columns, "bfloat16", 0, 1, axis=0),
+    )
     source = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     ours, expected = (torch.zeros(rows, columns, dtype=torch.bfloat16) for _ in "ab")
     destinations = {(0, "w"): ours.view(torch.int16).numpy()}
@@ -84,9 +97,13 @@ def small_copies(count: int, nbytes: int) -> Case:
     shape = [nbytes // 2]
 
     def side(rank: int) -> Layout:
-        fragments = [Fragment(f"t{i}", Region([0], shape), rank, f"t{i}", 0, [2]) for i in range(count)]
+        fragments = [
+            Fragment(f"t{i}", Region([0], shape), rank, f"t{i}", 0, [2]) for i in range(count)
+        ]
         buffers = [Buffer(rank, f"t{i}", nbytes) for i in range(count)]
-        return Layout([Tensor(f"t{i}", "bfloat16", shape) for i in range(count)], buffers, fragments)
+        return Layout(
+            [Tensor(f"t{i}", "bfloat16", shape) for i in range(count)], buffers, fragments
+        )
 
     made = plan(side(0), side(1))
     froms = [torch.full((shape[0],), i % 1000, dtype=torch.int16) for i in range(count)]
@@ -110,7 +127,10 @@ def small_copies(count: int, nbytes: int) -> Case:
 
 def whole(total: int) -> Case:
     """One contiguous run, against numpy's memcpy: the ceiling of the machine on one thread."""
-    made = plan(matrix(1, total // 2, "bfloat16", 0, 1, axis=0), matrix(1, total // 2, "bfloat16", 0, 1, axis=0))
+    made = plan(
+        matrix(1, total // 2, "bfloat16", 0, 1, axis=0),
+        matrix(1, total // 2, "bfloat16", 0, 1, axis=0),
+    )
     source = np.random.default_rng(0).integers(0, 255, total, np.uint8)
     ours, other = np.zeros_like(source), np.zeros_like(source)
     return Case(

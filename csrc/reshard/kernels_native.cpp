@@ -1,76 +1,16 @@
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <functional>
 #include <utility>
 #include <vector>
 
 #include "base/thread_pool.h"
 #include "reshard/kernels.h"
+#include "reshard/rows.h"
 
 namespace kimisys::reshard {
 namespace {
-
-// Copies n elements along one axis. Strides in bytes; the contiguous kernels do not look at them.
-using Row = void (*)(std::int64_t n, const std::byte* source, std::int64_t source_stride,
-                     std::byte* destination, std::int64_t destination_stride);
-
-template <std::size_t kItem>
-void copy_run(std::int64_t n, const std::byte* source, std::int64_t, std::byte* destination,
-              std::int64_t) {
-  std::memcpy(destination, source, static_cast<std::size_t>(n) * kItem);
-}
-
-template <std::size_t kItem>
-void copy_strided(std::int64_t n, const std::byte* __restrict source, std::int64_t source_stride,
-                  std::byte* __restrict destination, std::int64_t destination_stride) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    std::memcpy(destination + i * destination_stride, source + i * source_stride, kItem);
-  }
-}
-
-// memcpy of one element is how unaligned loads and stores are written; GCC vectorises these loops.
-template <typename From, typename To, To (*kConvert)(From), bool kDense>
-void cast_row(std::int64_t n, const std::byte* __restrict source, std::int64_t source_stride,
-              std::byte* __restrict destination, std::int64_t destination_stride) {
-  if constexpr (kDense) {
-    source_stride = sizeof(From);
-    destination_stride = sizeof(To);
-  }
-  for (std::int64_t i = 0; i < n; ++i) {
-    From value;
-    std::memcpy(&value, source + i * source_stride, sizeof(From));
-    const To converted = kConvert(value);
-    std::memcpy(destination + i * destination_stride, &converted, sizeof(To));
-  }
-}
-
-template <bool kDense>
-Row cast_kernel(DType from) {
-  if (from == DType::kFloat32) {
-    return cast_row<std::uint32_t, std::uint16_t, bfloat16_bits, kDense>;
-  }
-  return cast_row<std::uint16_t, std::uint32_t, float32_bits, kDense>;
-}
-
-template <std::size_t kItem>
-Row copy_kernel(bool dense) {
-  return dense ? copy_run<kItem> : copy_strided<kItem>;
-}
-
-Row choose_row(const Block& block, bool dense) {
-  if (block.source_dtype != block.destination_dtype) {
-    return dense ? cast_kernel<true>(block.source_dtype) : cast_kernel<false>(block.source_dtype);
-  }
-  switch (itemsize(block.source_dtype)) {
-    case 1:
-      return copy_kernel<1>(dense);
-    case 2:
-      return copy_kernel<2>(dense);
-    case 4:
-      return copy_kernel<4>(dense);
-    default:
-      return copy_kernel<8>(dense);
-  }
-}
 
 // Drops axes of extent 1, sorts the others so that the destination is written forwards, and merges
 // neighbours that are contiguous on both sides. At least one axis remains.
@@ -142,38 +82,74 @@ void run_axes(const Block& block, std::size_t axis, const std::byte* source, std
   }
 }
 
-// Elements on a side of the squares in which a transposing copy walks, so that the cache lines of
-// both sides are used whole before they leave the cache.
+// Elements on a side of the squares in which a transposing copy walks: their lines on both sides
+// stay in the first-level cache.
 constexpr std::int64_t kSquare = 64;
 
-// A copy whose two innermost axes are `across` (source-contiguous) and the last one.
-void run_transposed(Block block, std::size_t across) {
-  std::swap(block.axes[across], block.axes[block.dims - 2]);
-  const Row row = choose_row(block, false);
-  const Block::Axis outer = block.axes[block.dims - 2];
-  const Block::Axis inner = block.axes[block.dims - 1];
-  for (std::int64_t i = 0; i < outer.extent; i += kSquare) {
-    for (std::int64_t j = 0; j < inner.extent; j += kSquare) {
-      Block square = block;
-      square.axes[block.dims - 2].extent = std::min(kSquare, outer.extent - i);
-      square.axes[block.dims - 1].extent = std::min(kSquare, inner.extent - j);
-      run_axes(square, 0, block.source + i * outer.source_stride + j * inner.source_stride,
-               block.destination + i * outer.destination_stride + j * inner.destination_stride,
-               row);
-    }
+// Transposes one square whose source lies dense along i and whose destination lies dense along j.
+// It goes through a small dense buffer, because strides that are powers of two would map the lines
+// of a whole column to a few cache sets.
+void transpose_square(const std::byte* source, std::byte* destination, const Block::Axis& i,
+                      const Block::Axis& j, Row dense_read, Row strided_write, std::int64_t item) {
+  std::array<std::byte, kSquare * kSquare * 8> buffer;
+  const std::int64_t row_bytes = i.extent * item;
+  for (std::int64_t row = 0; row < j.extent; ++row) {
+    dense_read(i.extent, source + row * j.source_stride, item, buffer.data() + row * row_bytes,
+               item);
   }
+  for (std::int64_t row = 0; row < i.extent; ++row) {
+    strided_write(j.extent, buffer.data() + row * item, row_bytes,
+                  destination + row * i.destination_stride, j.destination_stride);
+  }
+}
+
+// A block whose source is dense along axis `across` and its destination along the last one.
+void run_transposed(const Block& block, std::size_t across) {
+  const std::size_t last = block.dims - 1;
+  const std::int64_t item = itemsize(block.source_dtype);
+  const Row read = choose_row(block.source_dtype, block.source_dtype, true);
+  const Row write = choose_row(block.source_dtype, block.destination_dtype, false);
+  std::vector<Block::Axis> outer;
+  for (std::size_t d = 0; d < last; ++d) {
+    if (d != across) outer.push_back(block.axes[d]);
+  }
+  const std::function<void(std::size_t, const std::byte*, std::byte*)> walk =
+      [&](std::size_t axis, const std::byte* source, std::byte* destination) {
+        if (axis < outer.size()) {
+          for (std::int64_t n = 0; n < outer[axis].extent; ++n) {
+            walk(axis + 1, source + n * outer[axis].source_stride,
+                 destination + n * outer[axis].destination_stride);
+          }
+          return;
+        }
+        Block::Axis i = block.axes[across];
+        Block::Axis j = block.axes[last];
+        for (std::int64_t row = 0; row < block.axes[across].extent; row += kSquare) {
+          i.extent = std::min(kSquare, block.axes[across].extent - row);
+          for (std::int64_t column = 0; column < block.axes[last].extent; column += kSquare) {
+            j.extent = std::min(kSquare, block.axes[last].extent - column);
+            transpose_square(
+                source + row * i.source_stride + column * j.source_stride,
+                destination + row * i.destination_stride + column * j.destination_stride, i, j,
+                read, write, item);
+          }
+        }
+      };
+  walk(0, block.source, block.destination);
 }
 
 void run(const Block& block) {
   const Block::Axis& last = block.axes[block.dims - 1];
-  const bool dense = last.source_stride == itemsize(block.source_dtype) &&
-                     last.destination_stride == itemsize(block.destination_dtype);
-  if (!dense) {
+  const std::int64_t item = itemsize(block.source_dtype);
+  const bool forwards = last.destination_stride == itemsize(block.destination_dtype);
+  const bool dense = forwards && last.source_stride == item;
+  if (forwards && !dense) {
     for (std::size_t d = 0; d + 1 < block.dims; ++d) {
-      if (block.axes[d].source_stride < last.source_stride) return run_transposed(block, d);
+      if (block.axes[d].source_stride == item) return run_transposed(block, d);
     }
   }
-  run_axes(block, 0, block.source, block.destination, choose_row(block, dense));
+  run_axes(block, 0, block.source, block.destination,
+           choose_row(block.source_dtype, block.destination_dtype, dense));
 }
 
 // Small enough that the threads finish together, large enough that taking one costs nothing.

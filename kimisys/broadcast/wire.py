@@ -215,7 +215,8 @@ class Server:
         """Ends the thread and removes the socket file. Idempotent; raises what ``check`` raises."""
         if not self._closed:
             self._closed = True
-            self._wake.send(b"\0")
+            with contextlib.suppress(BrokenPipeError):  # the thread has already ended
+                self._wake.send(b"\0")
             self._thread.join(self._timeout_seconds + 1.0)
             if self._thread.is_alive():
                 self._error = TimeoutError("the server thread did not end")

@@ -1,8 +1,8 @@
 """Layout x Layout -> Plan -> bytes in place.
 
-A ``Layout`` says where each rank stores which region of which tensor. ``plan`` joins two layouts into
-strided copies and proves that every destination byte is written exactly once. ``Plan.execute`` runs
-the copies on memory. Needs numpy alone.
+A ``Layout`` says where each rank stores which region of which tensor. ``plan`` joins two layouts
+into strided copies and proves that every destination byte is written exactly once. ``Plan.execute``
+runs the copies on memory. Needs numpy alone.
 """
 
 from kimisys._core.reshard import (

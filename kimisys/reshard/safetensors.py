@@ -1,8 +1,10 @@
-"""A folder of safetensors files as a layout: loading and saving a checkpoint are plans like any other.
+"""A folder of safetensors files as a layout: loading and saving a checkpoint are plans like any
+other.
 
-The files are mapped, so a plan reads from (or writes to) the page cache directly, and a rank touches only the
-bytes it owns. Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header,
-data). One buffer for each file: the data section, under the file's name, at rank 0.
+The files are mapped, so a plan reads from (or writes to) the page cache directly, and a rank
+touches only the bytes it owns. Format: https://huggingface.co/docs/safetensors (8-byte
+little-endian header length, JSON header, data). One buffer for each file: the data section, under
+the file's name, at rank 0.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} holds no *.safetensors file; give a Hugging Face model folder")
+        raise CheckpointError(
+            f"{folder} holds no *.safetensors file; give a Hugging Face model folder"
+        )
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     buffers: dict[tuple[int, str], memoryview] = {}
@@ -67,7 +71,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         for name, entry in header.items():
             tensor, start = _tensor(file, name, entry, data.nbytes)
             if name in tensors:
-                raise CheckpointError(f"{name!r} is in {origin[name]} and in {file.name}; keep one of them")
+                raise CheckpointError(
+                    f"{name!r} is in {origin[name]} and in {file.name}; keep one of them"
+                )
             tensors[name], origin[name] = tensor, file.name
             fragments.append(_whole(tensor, file.name, start))
     _check_index(folder, origin)
@@ -82,7 +88,8 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 def create_checkpoint(
     folder: Path | str, tensors: Sequence[Tensor], files: Mapping[str, str] | None = None
 ) -> Iterator[Checkpoint]:
-    """A new folder to write into; it appears under its name, whole, when the block ends without an error.
+    """A new folder to write into; it appears under its name, whole, when the block ends without an
+    error.
 
     tensors: what model.safetensors will hold. files: further text files by name (config.json, ...).
     After an error nothing is left. Raises CheckpointError if `folder` exists already.
@@ -121,12 +128,15 @@ def _read(file: Path) -> tuple[dict[str, Any], memoryview]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise CheckpointError(
-                f"{file} is truncated or not a safetensors file: {size} bytes, header of {length}; copy it again"
+                f"{file} is truncated or not a safetensors file: {size} bytes, header of {length}; "
+                "copy it again"
             )
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{file}: the header is not JSON ({error}); copy it again") from error
+            raise CheckpointError(
+                f"{file}: the header is not JSON ({error}); copy it again"
+            ) from error
         if not isinstance(header, dict):
             raise CheckpointError(f"{file}: the header is not a JSON object; copy it again")
         header.pop("__metadata__", None)
@@ -135,13 +145,16 @@ def _read(file: Path) -> tuple[dict[str, Any], memoryview]:
 
 
 def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int]:
-    """The tensor that header entry `entry` describes, and where its bytes start in the data section."""
+    """The tensor that header entry `entry` describes, and where its bytes start in the data
+    section."""
     try:
         dtype, size = _DTYPES[entry["dtype"]]
         shape = tuple(int(extent) for extent in entry["shape"])
         start, end = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the entry of {name!r} is malformed or of an unknown dtype: {entry}") from error
+        raise CheckpointError(
+            f"{file}: the entry of {name!r} is malformed or of an unknown dtype: {entry}"
+        ) from error
     if start < 0 or min(shape, default=0) < 0 or end - start != prod(shape) * size:
         raise CheckpointError(
             f"{file}: {name!r} of {entry['dtype']}{list(shape)} needs {prod(shape) * size} bytes, "
@@ -149,7 +162,8 @@ def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int
         )
     if end > nbytes:
         raise CheckpointError(
-            f"{file} is truncated: {name!r} ends at byte {end} of the data, the file has {nbytes}; copy it again"
+            f"{file} is truncated: {name!r} ends at byte {end} of the data, the file has {nbytes}; "
+            "copy it again"
         )
     return Tensor(name, dtype, shape), start
 
@@ -189,6 +203,5 @@ def _check_index(folder: Path, origin: Mapping[str, str]) -> None:
         raise CheckpointError(f"{index} is malformed: {error!r}") from error
     for name, file in weight_map:
         if origin.get(name) != file:
-            raise CheckpointError(
-                f"{index} promises {name!r} in {file}, which {'lacks it' if (folder / str(file)).exists() else 'is missing'}"
-            )
+            found = "lacks it" if (folder / str(file)).exists() else "is missing"
+            raise CheckpointError(f"{index} promises {name!r} in {file}, which {found}")

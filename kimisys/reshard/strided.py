@@ -1,8 +1,9 @@
 """Strided index sets as boxes: the arithmetic under the tracer. Pure integers, no tensors.
 
-A `Piece` is an N-d index set seen from several flat storages at once: index (i_0, ..., i_n) stands at
-`offset + sum(i_k * stride_k)` of each. `boxes` cuts a piece until, on every side whose shape is given, each
-dimension of the piece runs along exactly one axis of that shape in steps of one: then the piece is a box there.
+A `Piece` is an N-d index set seen from several flat storages at once: index (i_0, ..., i_n) stands
+at `offset + sum(i_k * stride_k)` of each. `boxes` cuts a piece until, on every side whose shape is
+given, each dimension of the piece runs along exactly one axis of that shape in steps of one: then
+the piece is a box there.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def axis_of(stride: int, shape: Sequence[int]) -> tuple[int, int]:
 
 
 def boxes(piece: Piece, shapes: Sequence[Sequence[int] | None]) -> Iterator[Piece]:
-    """Cut `piece` into pieces that are boxes on every side with a shape (None: any strides will do).
+    """Cut `piece` into pieces that are boxes on every side with a shape (None: any strides will
+    do).
 
     Together they hold each index of `piece` once. Raises ValueError past MAX_PIECES.
     """
@@ -84,7 +86,8 @@ def _squeeze(piece: Piece) -> Piece:
 
 
 def _merge(piece: Piece, shapes: Sequence[Sequence[int] | None]) -> Piece:
-    """Join neighbouring dimensions that are one run on every side, and one axis where there are axes."""
+    """Join neighbouring dimensions that are one run on every side, and one axis where there are
+    axes."""
     sizes, sides = list(piece.sizes), [list(s.strides) for s in piece.sides]
 
     def one_run(strides: list[int], shape: Sequence[int] | None, d: int) -> bool:

@@ -1,9 +1,10 @@
 """Where a loader or a converter puts every element, learnt by running it on meta tensors.
 
-The function under trace gets full-size tensors on the meta device and copies views of them, as it would with
-real weights. Every `copy_` is intercepted; the storage, offset, sizes and strides of its two views say which
-elements go where. Copies that PyTorch makes on the way (clone, cat, stack) are followed. What cannot be followed
-is refused by name: arithmetic on values, tensors of unknown origin, parameters replaced through `.data =`.
+The function under trace gets full-size tensors on the meta device and copies views of them, as it
+would with real weights. Every `copy_` is intercepted; the storage, offset, sizes and strides of its
+two views say which elements go where. Copies that PyTorch makes on the way (clone, cat, stack) are
+followed. What cannot be followed is refused by name: arithmetic on values, tensors of unknown
+origin, parameters replaced through `.data =`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _CREATED = "created inside the function"
 class Mapped:
     """A box of one tensor that is, element for element, a box of another.
 
-    Axis `i` of the destination box runs along axis `axes[i]` of the source box; -1 where its extent is 1.
-    Offsets and extents are in elements, one entry per tensor dimension.
+    Axis `i` of the destination box runs along axis `axes[i]` of the source box; -1 where its extent
+    is 1. Offsets and extents are in elements, one entry per tensor dimension.
     """
 
     destination: str
@@ -44,7 +45,8 @@ class Mapped:
 
 @dataclass
 class _Storage:
-    """What is known of one storage: a root (source or destination), or an intermediate with its origins."""
+    """What is known of one storage: a root (source or destination), or an intermediate with its
+    origins."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,10 +66,11 @@ class _Write:
 
 
 class Tracer(TorchDispatchMode):
-    """Records which elements of `sources` the code inside the `with` block copies to `destinations`.
+    """Records which elements of `sources` the code inside the `with` block copies to
+    `destinations`.
 
-    All tensors are on the meta device and contiguous. Raises TraceError, naming tensor and operation, for
-    what cannot be followed: at the operation, or at the end of the block.
+    All tensors are on the meta device and contiguous. Raises TraceError, naming tensor and
+    operation, for what cannot be followed: at the operation, or at the end of the block.
     """
 
     def __init__(
@@ -95,7 +98,11 @@ class Tracer(TorchDispatchMode):
         self._storages.setdefault(key, _Storage(name, tuple(tensor.shape), tensor.dtype, role))
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is _aten.copy_.default:
@@ -128,15 +135,17 @@ class Tracer(TorchDispatchMode):
             known = self._storages.get(_key(tensor))
             if known is None or known.role != "destination":
                 raise TraceError(
-                    f"{name!r} was replaced while loading (`.data =` or a new parameter), so what it holds "
-                    "cannot be traced; copy into it instead"
+                    f"{name!r} was replaced while loading (`.data =` or a new parameter), so what "
+                    "it holds cannot be traced; copy into it instead"
                 )
 
     def _copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         source = source.expand(destination.shape)
         to, origin = self._known(destination), self._known(source)
         if to.role == "source":
-            raise TraceError(f"the function writes into source {to.name!r}; sources must stay as they are")
+            raise TraceError(
+                f"the function writes into source {to.name!r}; sources must stay as they are"
+            )
         piece = Piece(tuple(destination.shape), (_side(destination), _side(source)))
         for part, root in self._resolve(piece, origin, to.name):
             if to.role == "destination":
@@ -147,7 +156,9 @@ class Tracer(TorchDispatchMode):
     def _zero(self, destination: torch.Tensor) -> None:
         to = self._known(destination)
         if to.role == "source":
-            raise TraceError(f"the function overwrites source {to.name!r}; sources must stay as they are")
+            raise TraceError(
+                f"the function overwrites source {to.name!r}; sources must stay as they are"
+            )
         if to.role == "destination":
             piece = Piece(tuple(destination.shape), (_side(destination),))
             self.writes.append(_Write(to, None, piece))
@@ -162,14 +173,12 @@ class Tracer(TorchDispatchMode):
             self._storages[_key(tensor)] = known
         if known.dtype != tensor.dtype:
             raise TraceError(
-                f"{known.name or 'a tensor'!r} is read as {tensor.dtype} though it is {known.dtype}: "
-                "views that change the dtype cannot be followed"
+                f"{known.name or 'a tensor'!r} is read as {tensor.dtype} though it is "
+                f"{known.dtype}: views that change the dtype cannot be followed"
             )
         return known
 
-    def _resolve(
-        self, piece: Piece, origin: _Storage, name: str
-    ) -> list[tuple[Piece, _Storage]]:
+    def _resolve(self, piece: Piece, origin: _Storage, name: str) -> list[tuple[Piece, _Storage]]:
         """`piece` (destination, origin) in terms of root sources."""
         if origin.role != "intermediate":
             return [(piece, origin)]
@@ -193,8 +202,8 @@ class Tracer(TorchDispatchMode):
             known = self._storages.get(_key(value))
             if known is not None and known.role != "intermediate":
                 raise TraceError(
-                    f"{func} changes {known.role} {known.name!r} in place: only copies of elements, and "
-                    "filling with zeros, can be followed"
+                    f"{func} changes {known.role} {known.name!r} in place: only copies of "
+                    "elements, and filling with zeros, can be followed"
                 )
             if known is not None:
                 known.origins.clear()
@@ -221,7 +230,8 @@ class Tracer(TorchDispatchMode):
     def _parts(
         self, func: Any, args: tuple[Any, ...], output: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """(view of the output, what it is a copy of) for the operations that only copy; None for others."""
+        """(view of the output, what it is a copy of) for the operations that only copy; None for
+        others."""
         if func in _FOLLOWED_UNARY:
             if output.is_contiguous():
                 return [(output.view(args[0].shape), args[0])]
@@ -242,7 +252,8 @@ def trace_mapping(
     destinations: Mapping[str, torch.Tensor],
     run: Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], None],
 ) -> list[Mapped]:
-    """Which box of which source is which box of which destination, when `run(sources, destinations)` has run.
+    """Which box of which source is which box of which destination, when `run(sources,
+    destinations)` has run.
 
     Sources and destinations are full-size contiguous meta tensors. Raises TraceError.
     """
@@ -269,8 +280,10 @@ def trace_layout(
 ) -> Layout:
     """The layout of one rank whose parameters `destinations` are filled by `load`.
 
-    tensors: the checkpoint's tensors (names, shapes), given to `load` by name as full-size meta tensors.
-    destinations: the rank's parameters by name, contiguous, on the meta device; each becomes a buffer.
+    tensors: the checkpoint's tensors (names, shapes), given to `load` by name as full-size meta
+    tensors.
+    destinations: the rank's parameters by name, contiguous, on the meta device; each becomes a
+    buffer.
     current: gives the parameters by name after loading, to find those that were replaced.
     Tensors that `load` ignores do not appear. The layout's dtypes are those of the parameters.
     Raises TraceError for what cannot be followed, LayoutError for overlapping bounds.
@@ -304,7 +317,10 @@ def trace_layout(
             start = piece.sides[0].offset * size
             fragments.append(Fragment(name, region, rank, to.name, start, strides))
     buffers: dict[int, Buffer] = {}
-    for name, parameter in destinations.items():  # tied parameters are one buffer, under the first name
+    for (
+        name,
+        parameter,
+    ) in destinations.items():  # tied parameters are one buffer, under the first name
         buffers.setdefault(_key(parameter), Buffer(rank, name, parameter.nbytes))
     return Layout(list(held.values()), list(buffers.values()), fragments, padding)
 
@@ -336,7 +352,8 @@ def _boxes(piece: Piece, shapes: Sequence[Sequence[int] | None], name: str) -> l
 def _box(
     piece: Piece, side: int, shape: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Offset and extent of the box in `shape`, and for each axis the piece's dimension along it (-1: none)."""
+    """Offset and extent of the box in `shape`, and for each axis the piece's dimension along it
+    (-1: none)."""
     dims = [-1] * len(shape)
     for d, stride in enumerate(piece.sides[side].strides):
         dims[axis_of(stride, shape)[0]] = d

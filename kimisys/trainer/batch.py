@@ -1,4 +1,4 @@
-"""Token sequences of different lengths as one right-padded array, the form in which the trainer takes them."""
+"""Token sequences of different lengths as one right-padded array, as the trainer takes them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens: int64[sequences, longest], right-padded. mask: float32[sequences, longest - 1], 1 where the
-    token that position predicts belongs to a completion."""
+    """tokens: int64[sequences, longest], right-padded. mask: float32[sequences, longest - 1], 1
+    where the token that position predicts belongs to a completion."""
 
     tokens: np.ndarray
     mask: np.ndarray

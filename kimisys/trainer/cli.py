@@ -19,7 +19,8 @@ from kimisys.trainer.config import TrainConfig
 
 
 def main() -> None:
-    """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 130 interrupted."""
+    """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 130
+    interrupted."""
     tyro.extras.subcommand_cli_from_dict(
         {"train": train},
         prog="kimisys",
@@ -56,10 +57,11 @@ def _run(config: TrainConfig, out: Path, console: Console) -> None:
     print_summary(console, summary)
     if summary.logprob_gap_exceeded_at is not None:
         console.print(
-            f"[yellow]the engine was frozen[/]: from step {summary.logprob_gap_exceeded_at} on, its "
-            f"log-probabilities differ from the trainer's beyond {summary.logprob_gap_bound:.0e} a token "
-            f"(up to {summary.logprob_gap_max:.2e})",
+            f"[yellow]the engine was frozen[/]: from step {summary.logprob_gap_exceeded_at} on, "
+            "its log-probabilities differ from the trainer's beyond "
+            f"{summary.logprob_gap_bound:.0e} a token (up to {summary.logprob_gap_max:.2e})",
             highlight=False,
+            soft_wrap=True,
         )
     console.print(f"curve: {out / 'curve.png'}   weights: {out / 'model'}", highlight=False)
 

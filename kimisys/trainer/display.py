@@ -43,11 +43,15 @@ class Display:
         """What goes on now, until the next call."""
         self._phase = text
         if not self._console.is_terminal:
-            self._console.print(text, highlight=False)
+            self.note(text)
+
+    def within_step(self, step: int, text: str) -> None:
+        """What goes on inside a step; its row will say the rest, so only a terminal shows it."""
+        self._phase = f"step {step}/{self._steps}: {text}"
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, metrics: StepMetrics) -> None:
         """Add the row of one finished step."""
@@ -65,8 +69,8 @@ class Display:
         self._rows.append(row)
         if not self._console.is_terminal:
             if len(self._rows) == 1:
-                self._console.print("  ".join(f"{name:>9}" for name in _COLUMNS), highlight=False)
-            self._console.print("  ".join(f"{cell:>9}" for cell in row), highlight=False)
+                self.note(" ".join(f"{name:>9}" for name in _COLUMNS))
+            self.note(" ".join(f"{cell:>9}" for cell in row))
 
     def __rich__(self) -> Group:
         table = Table(box=None, padding=(0, 2))

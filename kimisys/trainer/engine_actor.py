@@ -46,7 +46,8 @@ class EngineActor:
         )
 
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The engine's log-softmax after each token but the last: float32[tokens - 1, vocabulary]."""
+        """The engine's log-softmax after each token but the last: float32[tokens - 1,
+        vocabulary]."""
         return await self._started().probe(token_ids)
 
     async def close(self) -> None:

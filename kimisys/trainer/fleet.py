@@ -1,4 +1,4 @@
-"""The processes of a run: Megatron ranks and one engine as Ray actors, started, called and ended together."""
+"""The processes of a run: Megatron ranks and one engine, Ray actors that end together."""
 
 from __future__ import annotations
 
@@ -37,9 +37,12 @@ class Sync:
 
 
 class Fleet:
-    """The actors of a run. Use as a context manager: leaving it ends every process and removes every socket."""
+    """The actors of a run. Use as a context manager: leaving it ends every process and removes
+    every socket."""
 
-    def __init__(self, config: TrainConfig, hf_config: Mapping[str, Any], model_folder: Path) -> None:
+    def __init__(
+        self, config: TrainConfig, hf_config: Mapping[str, Any], model_folder: Path
+    ) -> None:
         self._config, self._hf_config, self._folder = config, hf_config, model_folder
         self._timeout = config.ready_timeout
         self._sockets = Path(tempfile.mkdtemp(prefix="kimisys-"))  # mode 0700
@@ -79,7 +82,9 @@ class Fleet:
             num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
         )
         self._ranks = [
-            remote.remote(rank, world, port, dict(self._hf_config), self._config.seed, self._timeout)
+            remote.remote(
+                rank, world, port, dict(self._hf_config), self._config.seed, self._timeout
+            )
             for rank in range(world)
         ]
         self.on_ranks("load", str(self._folder))
@@ -119,7 +124,8 @@ class Fleet:
         return Sync(version, report["seconds"], report["nbytes"], report["digests"])
 
     def save(self, folder: Path, version: int) -> None:
-        """Write the published `version` as a checkpoint folder: pulled like an engine's, verified by digest."""
+        """Write the published `version` as a checkpoint folder: pulled like an engine's, verified
+        by digest."""
         files = {"config.json": json.dumps(dict(self._hf_config), indent=2) + "\n"}
         with (
             connect(self._addresses, timeout_seconds=self._timeout) as peers,
@@ -128,7 +134,8 @@ class Fleet:
             Subscriber(peers, checkpoint.layout, rank=0).pull(version, checkpoint.buffers)
 
     def close(self) -> None:
-        """End the actors: asked first, killed when they do not answer. Never raises for a lost actor."""
+        """End the actors: asked first, killed when they do not answer. Never raises for a lost
+        actor."""
         closing = {f"Megatron rank {r}": a.close.remote() for r, a in enumerate(self._ranks)}
         if self._engine is not None:
             closing["the engine"] = self._engine.close.remote()

@@ -1,4 +1,4 @@
-"""The weights a run starts from: random, from the seed, in Hugging Face coordinates, as a checkpoint folder.
+"""The weights a run starts from: a checkpoint folder of random weights, made from the seed.
 
 Made before any layout is chosen, so the same seed is the same model at every parallel size.
 """
@@ -17,11 +17,9 @@ from kimisys.reshard.safetensors import create_checkpoint
 
 
 def write_initial_checkpoint(folder: Path, hf_config: Mapping[str, Any], seed: int) -> None:
-    """A float32 checkpoint: norms at one, matrices normal with `initializer_range`, the two that write into
-    the residual stream smaller by sqrt(2 · layers), as GPT-2 does."""
+    """A float32 checkpoint: norms at one, matrices normal with deviation `initializer_range`."""
     tensors = family_of(hf_config).hf_tensors("float32")
     spread = float(hf_config["initializer_range"])
-    residual = spread / (2 * int(hf_config["num_hidden_layers"])) ** 0.5
     files = {"config.json": json.dumps(dict(hf_config), indent=2) + "\n"}
     with create_checkpoint(folder, tensors, files) as checkpoint:
         data = checkpoint.buffers[0, "model.safetensors"]
@@ -33,6 +31,4 @@ def write_initial_checkpoint(folder: Path, hf_config: Mapping[str, Any], seed: i
             if len(shape) == 1:
                 view[:] = 1.0
             else:
-                writes_residual = fragment.tensor.endswith(("o_proj.weight", "down_proj.weight"))
-                view[:] = generator.standard_normal(shape, np.float32)
-                view *= residual if writes_residual else spread
+                view[:] = generator.standard_normal(shape, np.float32) * spread

@@ -1,4 +1,4 @@
-"""The run: supervised warm-up, then iterations of sample, score, improve, publish; all of it on real weights."""
+"""The run: supervised warm-up, then iterations of sample, score, improve, publish."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ SFT_CHUNK = 25  # steps between two signs of life
 
 
 class EngineMismatchError(KimisysError):
-    """The engine computes something else than the trainer, though the digests of the weights agree."""
+    """The engine computes something else than the trainer, though the digests of the weights
+    agree."""
 
 
 @dataclass
@@ -44,15 +45,17 @@ class Watch:
     exceeded_at: int | None = None
 
     def gap(self, step: int, gap: float, frozen: bool) -> None:
-        """Note the log-probability gap of `step`; EngineMismatchError beyond the bound, unless `frozen`."""
+        """Note the log-probability gap of `step`; EngineMismatchError beyond the bound, unless
+        `frozen`."""
         self.logprob_gaps.append(gap)
         if gap <= self.bound:
             return
         if not frozen:
             raise EngineMismatchError(
-                f"step {step}: trainer and engine differ by {gap:.2e} a token in log-probability (bound "
-                f"{self.bound:.0e}), so the engine does not serve the weights that it verified; look at what "
-                "it derives from its parameters (kimisys/adapters/vllm/pack.py)"
+                f"step {step}: trainer and engine differ by {gap:.2e} a token in log-probability "
+                f"(bound {self.bound:.0e}), so the engine does not serve the weights that it "
+                "verified; look at what it derives from its parameters "
+                "(kimisys/adapters/vllm/pack.py)"
             )
         self.exceeded_at = self.exceeded_at or step
 
@@ -66,7 +69,10 @@ class Master:
         self._task = ArithmeticTask()
         self._context = self._task.max_prompt_tokens + self._task.max_completion_tokens
         self._hf_config = config.model.hugging_face(
-            self._tokenizer.vocab_size, self._context, self._tokenizer.eos_id, self._tokenizer.pad_id
+            self._tokenizer.vocab_size,
+            self._context,
+            self._tokenizer.eos_id,
+            self._tokenizer.pad_id,
         )
         self._watch = Watch(LOGPROB_GAP_BOUNDS[config.wire_dtype])
         self._steps: list[StepMetrics] = []
@@ -111,14 +117,18 @@ class Master:
     def _warm_up(self, fleet: Fleet) -> None:
         sft = self._config.sft
         examples = self._task.sft_examples(self._config.seed, sft.steps * sft.batch_size)
-        batches = [self._demonstrations(examples[i : i + sft.batch_size])
-                   for i in range(0, len(examples), sft.batch_size)]
+        batches = [
+            self._demonstrations(examples[i : i + sft.batch_size])
+            for i in range(0, len(examples), sft.batch_size)
+        ]
         for first in range(0, sft.steps, SFT_CHUNK):
             chunk = batches[first : first + SFT_CHUNK]
             rates = [sft.learning_rate_at(first + i) for i in range(len(chunk))]
             losses = fleet.on_ranks("sft", chunk, rates, self._config.clip_gradient)[0]
             done = min(first + SFT_CHUNK, sft.steps)
-            self._display.phase(f"supervised warm-up: step {done}/{sft.steps}, loss {losses[-1]:.3f}")
+            self._display.phase(
+                f"supervised warm-up: step {done}/{sft.steps}, loss {losses[-1]:.3f}"
+            )
 
     def _demonstrations(self, problems: Any) -> Batch:
         encode, eos = self._tokenizer.encode, self._tokenizer.eos_id
@@ -131,7 +141,8 @@ class Master:
     def _sync(self, fleet: Fleet) -> tuple[float, float]:
         """Publish, let the engine follow unless it is frozen, and compare what both compute.
 
-        Returns the seconds that it took and the largest difference of the probe's log-probabilities.
+        Returns the seconds that it took and the largest difference of the probe's
+        log-probabilities.
         """
         start = time.perf_counter()
         self._version += 1
@@ -151,16 +162,16 @@ class Master:
         self._watch.probe_gaps.append(gap)
         if gap > 10 * self._watch.bound and self._served == self._version:
             raise EngineMismatchError(
-                f"version {self._version}: the engine's log-probabilities of the probe differ from the "
-                f"trainer's by up to {gap:.2e}, though the digests of the weights agree"
+                f"version {self._version}: the engine's log-probabilities of the probe differ from "
+                f"the trainer's by up to {gap:.2e}, though the digests of the weights agree"
             )
         return seconds, gap
 
     def _step(self, fleet: Fleet, step: int) -> StepMetrics:
         config, start = self._config, time.perf_counter()
-        self._display.phase(f"step {step}/{config.steps}: sampling")
+        self._display.within_step(step, "sampling")
         rollouts = self._sample(fleet, step)
-        self._display.phase(f"step {step}/{config.steps}: training")
+        self._display.within_step(step, "training")
         scored = time.perf_counter()
         log_probs = fleet.on_ranks("score", rollouts.batch)[0]
         mask = rollouts.batch.mask
@@ -172,8 +183,15 @@ class Master:
         update = fleet.on_ranks(
             "improve",
             Improvement(
-                rollouts.batch, rollouts.rewards, rollouts.groups, reference, config.minibatches,
-                config.learning_rate, config.tau, config.clip_gradient, config.seed + step,
+                rollouts.batch,
+                rollouts.rewards,
+                rollouts.groups,
+                reference,
+                config.minibatches,
+                config.learning_rate,
+                config.tau,
+                config.clip_gradient,
+                config.seed + step,
             ),
         )[0]
         train_seconds = time.perf_counter() - trained
@@ -203,8 +221,14 @@ class Master:
         config = self._config
         problems = self._task.problems(config.seed, step, config.prompts)
         return sample(
-            fleet, self._tokenizer, problems, config.samples, 1.0,
-            self._task.max_completion_tokens, config.seed * 1_000_003 + step, self._served,
+            fleet,
+            self._tokenizer,
+            problems,
+            config.samples,
+            1.0,
+            self._task.max_completion_tokens,
+            config.seed * 1_000_003 + step,
+            self._served,
         )
 
     def _evaluate(self, fleet: Fleet, when: str) -> tuple[float, float]:
@@ -213,7 +237,9 @@ class Master:
         problems = self._task.held_out(self._config.held_out)
         longest = self._task.max_completion_tokens
         sampled, greedy = (
-            sample(fleet, self._tokenizer, problems, 1, temperature, longest, 0, self._served).pass_rate
+            sample(
+                fleet, self._tokenizer, problems, 1, temperature, longest, 0, self._served
+            ).pass_rate
             for temperature in (1.0, 0.0)
         )
         self._display.note(f"{when}: pass rate {sampled:.3f} at temperature 1, {greedy:.3f} greedy")
@@ -239,6 +265,7 @@ class Master:
             logprob_gap_bound=watch.bound,
             logprob_gap_exceeded_at=watch.exceeded_at,
             probe_gap_max=max(watch.probe_gaps),
-            rollout_tokens_per_second=sum(s.tokens for s in steps) / sum(s.rollout_seconds for s in steps),
+            rollout_tokens_per_second=sum(s.tokens for s in steps)
+            / sum(s.rollout_seconds for s in steps),
             seed=self._config.seed,
         )

@@ -1,4 +1,5 @@
-"""One tensor-parallel Megatron rank, as an actor: it loads, trains, scores and publishes its own shards."""
+"""One tensor-parallel Megatron rank, as an actor: it loads, trains, scores and publishes its own
+shards."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from kimisys.trainer.batch import Batch
 
 @dataclass(frozen=True)
 class Improvement:
-    """What one iteration learns from. groups: int64[rows], numbered from 0; rewards, reference: float32[rows],
-    reference being log π_i of each completion."""
+    """What one iteration learns from. groups: int64[rows], numbered from 0; rewards, reference:
+    float32[rows], reference being log π_i of each completion."""
 
     batch: Batch
     rewards: np.ndarray
@@ -40,8 +41,8 @@ class Improvement:
 
 @dataclass(frozen=True)
 class Improved:
-    """Means over the optimizer steps of an iteration. divergence: of the last one, an estimate of KL(π_i ‖ π_θ)
-    in nats a completion."""
+    """Means over the optimizer steps of an iteration. divergence: of the last one, an estimate of
+    KL(π_i ‖ π_θ) in nats a completion."""
 
     loss: float
     gradient_norm: float
@@ -49,10 +50,17 @@ class Improved:
 
 
 class MegatronRank:
-    """Loads its shards of `checkpoint` on construction. All ranks make the same calls in the same order."""
+    """Loads its shards of `checkpoint` on construction. All ranks make the same calls in the same
+    order."""
 
     def __init__(
-        self, rank: int, world: int, port: int, hf_config: Mapping[str, Any], seed: int, timeout: float
+        self,
+        rank: int,
+        world: int,
+        port: int,
+        hf_config: Mapping[str, Any],
+        seed: int,
+        timeout: float,
     ) -> None:
         torch.set_num_threads(1)
         runtime.initialize(world, rank, world, "127.0.0.1", port, seed, timeout, hf_config)
@@ -79,7 +87,9 @@ class MegatronRank:
     def open_publisher(self, snapshots: Sequence[str], folder: str) -> None:
         """Serve this rank's snapshot at `folder`/rankN, given the snapshot layouts of all ranks."""
         merged = Layout.merge([Layout.from_json(text) for text in snapshots])
-        self._publisher = Publisher(self.layout, merged, self.rank, Path(folder) / f"rank{self.rank}")
+        self._publisher = Publisher(
+            self.layout, merged, self.rank, Path(folder) / f"rank{self.rank}"
+        )
 
     def publish(self, version: int) -> float:
         """Publish the live weights as `version`; returns the seconds it took."""
@@ -90,19 +100,22 @@ class MegatronRank:
         return time.perf_counter() - start
 
     def sft(self, batches: Sequence[Batch], rates: Sequence[float], clip: float) -> list[float]:
-        """One AdamW step on each batch; returns the mean cross-entropy of each, in nats per token."""
+        """One AdamW step on each batch; returns the mean cross-entropy of each, in nats per
+        token."""
         return [
             self.policy.sft_step(_tensor(batch.tokens), _tensor(batch.mask), rate, clip).loss
             for batch, rate in zip(batches, rates, strict=True)
         ]
 
     def score(self, batch: Batch) -> np.ndarray:
-        """Log-probability of each next token, float32[sequences, tokens - 1], under the published weights."""
+        """Log-probability of each next token, float32[sequences, tokens - 1], under the published
+        weights."""
         with self.policy.on_wire(self._wire):
             return self.policy.token_log_probs(_tensor(batch.tokens), _tensor(batch.mask)).numpy()
 
     def improve(self, work: Improvement) -> Improved:
-        """One iteration of k1.5: the optimizer's state is forgotten, then one step on each minibatch."""
+        """One iteration of k1.5: the optimizer's state is forgotten, then one step on each
+        minibatch."""
         self.policy.reset_optimizer()
         order = np.random.default_rng(work.seed).permutation(int(work.groups.max()) + 1)
         losses, norms, divergence = [], [], 0.0
@@ -111,7 +124,11 @@ class MegatronRank:
             loss = _PolicyLoss(work, rows)
             batch = work.batch.rows(rows)
             step = self.policy.policy_step(
-                _tensor(batch.tokens), _tensor(batch.mask), loss, work.learning_rate, work.clip_gradient
+                _tensor(batch.tokens),
+                _tensor(batch.mask),
+                loss,
+                work.learning_rate,
+                work.clip_gradient,
             )
             losses.append(step.loss)
             norms.append(step.gradient_norm)
@@ -119,7 +136,8 @@ class MegatronRank:
         return Improved(float(np.mean(losses)), float(np.mean(norms)), divergence)
 
     def probe(self, tokens: Sequence[int]) -> np.ndarray:
-        """Log-softmax over the vocabulary after each token but the last, under the published weights."""
+        """Log-softmax over the vocabulary after each token but the last, under the published
+        weights."""
         with self.policy.on_wire(self._wire):
             return self.policy.full_log_probs(torch.tensor([list(tokens)]))[0, :-1].numpy()
 
@@ -131,7 +149,8 @@ class MegatronRank:
 
 
 class _PolicyLoss:
-    """k1.5's loss on `rows` of an iteration, in the form `Policy.policy_step` takes: micro-batch by micro-batch."""
+    """k1.5's loss on `rows` of an iteration, in the form `Policy.policy_step` takes: micro-batch by
+    micro-batch."""
 
     def __init__(self, work: Improvement, rows: np.ndarray) -> None:
         groups, rewards = _tensor(work.groups[rows]), _tensor(work.rewards[rows])

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, one object a step, is the truth; summary.json is its outcome."""
+"""What a run writes down: metrics.jsonl, an object a step; summary.json, its outcome."""
 
 from __future__ import annotations
 

@@ -9,16 +9,19 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot  # noqa: E402 - the backend is chosen before
+from matplotlib import pyplot
 
-from kimisys.trainer.metrics import StepMetrics, Summary  # noqa: E402
+from kimisys.trainer.metrics import StepMetrics, Summary
 
 
 def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None:
-    """Pass rate in training and on the held-out problems, and the time of each phase, as one PNG."""
+    """Pass rate in training and on the held-out problems, and the time of each phase, as one
+    PNG."""
     figure, (rate, time) = pyplot.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
     numbers = [s.step for s in steps]
-    rate.plot(numbers, [s.pass_rate for s in steps], color="tab:blue", label="training, temperature 1")
+    rate.plot(
+        numbers, [s.pass_rate for s in steps], color="tab:blue", label="training, temperature 1"
+    )
     ends = [0, summary.steps]
     held_out = [summary.pass_rate_before, summary.pass_rate_after]
     greedy = [summary.greedy_before, summary.greedy_after]

@@ -1,4 +1,5 @@
-"""Problems in, judged completions out: one call samples a whole batch from the engine and rewards it."""
+"""Problems in, judged completions out: one call samples a whole batch from the engine and rewards
+it."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from kimisys.trainer.tokenizer import Tokenizer
 class Rollouts:
     """Samples of one version, grouped by problem: sample j of problem i is row i · samples + j.
 
-    rewards: float32[rows]. groups: int64[rows], the problem of each row. engine_log_probs: float32 like
-    batch.mask, what the engine sampled with, zero outside the completions. seconds: of the sampling.
+    rewards: float32[rows]. groups: int64[rows], the problem of each row. engine_log_probs: float32
+    like batch.mask, what the engine sampled with, zero outside the completions. seconds: of the
+    sampling.
     """
 
     batch: Batch
@@ -52,7 +54,8 @@ def sample(
     seed: int,
     version: int,
 ) -> Rollouts:
-    """Let the engine complete each problem `samples` times under `version`, and check the answers."""
+    """Let the engine complete each problem `samples` times under `version`, and check the
+    answers."""
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     start = time.perf_counter()
     groups: list[list[Any]] = fleet.on_engine(

@@ -12,11 +12,26 @@ import pytest
 from bench.__main__ import names, run
 from bench.harness import Case, measure
 
-KEYS = "bench case metric unit value low high peer peer_value ratio correct machine".split()
+KEYS = [
+    "bench",
+    "case",
+    "metric",
+    "unit",
+    "value",
+    "low",
+    "high",
+    "peer",
+    "peer_value",
+    "ratio",
+    "correct",
+    "machine",
+]
 
 
 def case(answer: bool, nbytes: int | None = None) -> Case:
-    return Case("c", lambda: sum(range(1000)), "peer", lambda: sum(range(1000)), lambda: answer, nbytes)
+    return Case(
+        "c", lambda: sum(range(1000)), "peer", lambda: sum(range(1000)), lambda: answer, nbytes
+    )
 
 
 def test_a_record_has_every_field() -> None:

@@ -27,7 +27,9 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def describe(weights: dict[str, torch.Tensor]) -> list[Tensor]:
-    return [Tensor(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in weights.items()]
+    return [
+        Tensor(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in weights.items()
+    ]
 
 
 def write(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -71,7 +73,9 @@ def test_an_error_while_saving_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
-def test_a_truncated_file_is_refused(tmp_path: Path, weights: dict[str, torch.Tensor], keep: int) -> None:
+def test_a_truncated_file_is_refused(
+    tmp_path: Path, weights: dict[str, torch.Tensor], keep: int
+) -> None:
     file = tmp_path / "model.safetensors"
     save_file(weights, file)
     file.write_bytes(file.read_bytes()[:keep])
@@ -92,7 +96,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path, weights: dict[str, torch.Te
 )
 def test_a_lying_header_is_refused(tmp_path: Path, entry: object, match: str) -> None:
     header = json.dumps({"a": entry}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    (tmp_path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + b"\0" * 8
+    )
     with pytest.raises(CheckpointError, match=match):
         open_checkpoint(tmp_path)
 
@@ -105,7 +111,9 @@ def test_an_index_must_agree(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def destination(*tensors: tuple[str, tuple[int, ...]]) -> tuple[Layout, dict[tuple[int, str], np.ndarray]]:
+def destination(
+    *tensors: tuple[str, tuple[int, ...]],
+) -> tuple[Layout, dict[tuple[int, str], np.ndarray]]:
     """One buffer a tensor, filled with a mark that must survive a refusal."""
     fragments, buffers, arrays = [], [], {}
     for name, shape in tensors:

@@ -34,7 +34,9 @@ def views(draw: st.DrawFn) -> tuple[Piece, tuple[tuple[int, ...], tuple[int, ...
     order = draw(st.permutations(range(len(shape))))
     first = np.arange(count).reshape(shape)
     second = np.arange(count).reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
-    cut = tuple(slice(draw(st.integers(0, n - 1)) if draw(st.booleans()) else 0, None) for n in shape)
+    cut = tuple(
+        slice(draw(st.integers(0, n - 1)) if draw(st.booleans()) else 0, None) for n in shape
+    )
     sides = []
     for view in (first[cut], second[cut]):
         strides = tuple(stride // view.itemsize for stride in view.strides)
@@ -49,14 +51,17 @@ def views(draw: st.DrawFn) -> tuple[Piece, tuple[tuple[int, ...], tuple[int, ...
 def elements(piece: Piece) -> list[tuple[int, ...]]:
     """Where each index of the piece stands, on every side."""
     return [
-        tuple(s.offset + sum(i * t for i, t in zip(index, s.strides, strict=True)) for s in piece.sides)
+        tuple(
+            s.offset + sum(i * t for i, t in zip(index, s.strides, strict=True))
+            for s in piece.sides
+        )
         for index in itertools.product(*map(range, piece.sizes))
     ]
 
 
 @settings(max_examples=400, deadline=None)
 @given(views())
-def test_boxes_hold_the_same_elements_and_are_boxes(case) -> None:  # noqa: ANN001 - a drawn pair
+def test_boxes_hold_the_same_elements_and_are_boxes(case) -> None:
     piece, shapes = case
     found = list(boxes(piece, shapes))
     assert sorted(itertools.chain(*map(elements, found))) == sorted(elements(piece))

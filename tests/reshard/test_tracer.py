@@ -21,7 +21,10 @@ def meta(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 def run_both(run, sources: dict[str, tuple[int, ...]], destinations: dict[str, tuple[int, ...]]):
     """What `run` does to real tensors, and what the traced mapping does to the same numbers."""
-    given = {n: torch.arange(float(np.prod(s))).reshape(s) + 1000 * i for i, (n, s) in enumerate(sources.items())}
+    given = {
+        n: torch.arange(float(np.prod(s))).reshape(s) + 1000 * i
+        for i, (n, s) in enumerate(sources.items())
+    }
     real = {n: torch.full(s, -1.0) for n, s in destinations.items()}
     run(given, real)
     traced = {n: torch.full(s, -1.0) for n, s in destinations.items()}
@@ -30,7 +33,9 @@ def run_both(run, sources: dict[str, tuple[int, ...]], destinations: dict[str, t
         for axis, (o, e) in enumerate(zip(m.source_offset, m.source_extent, strict=True)):
             box = box.narrow(axis, o, e)
         order = [a for a in m.axes if a >= 0]
-        box = box.permute(*order, *[a for a in range(box.dim()) if a not in order]).reshape(m.destination_extent)
+        box = box.permute(*order, *[a for a in range(box.dim()) if a not in order]).reshape(
+            m.destination_extent
+        )
         to = traced[m.destination]
         for axis, (o, e) in enumerate(zip(m.destination_offset, m.destination_extent, strict=True)):
             to = to.narrow(axis, o, e)
@@ -78,13 +83,13 @@ def through_empty(sources: Tensors, destinations: Tensors) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_the_trace_moves_what_the_function_moves(run, sources, destinations) -> None:  # noqa: ANN001
+def test_the_trace_moves_what_the_function_moves(run, sources, destinations) -> None:
     real, traced = run_both(run, sources, destinations)
     for name, tensor in real.items():
         assert torch.equal(tensor, traced[name])
 
 
-def refused(run, match: str) -> None:  # noqa: ANN001
+def refused(run, match: str) -> None:
     with pytest.raises(TraceError, match=match):
         trace_mapping(meta(s=(4, 4)), meta(weight=(4, 4)), run)
 
@@ -98,7 +103,9 @@ def test_arithmetic_is_refused_by_name() -> None:
 def test_an_unknown_source_is_refused_by_name() -> None:
     stranger = torch.empty(4, 4, device="meta")
     refused(lambda s, d: d["weight"].copy_(stranger), "'weight'.*not copies of any source")
-    refused(lambda s, d: d["weight"].copy_(torch.zeros(4, 4, device="meta")), "'weight'.*aten.zeros")
+    refused(
+        lambda s, d: d["weight"].copy_(torch.zeros(4, 4, device="meta")), "'weight'.*aten.zeros"
+    )
 
 
 def test_data_assignment_is_refused_by_name() -> None:
@@ -123,7 +130,10 @@ def test_a_partly_filled_intermediate_is_refused() -> None:
 
 
 def test_layout_of_a_fused_padded_parameter() -> None:
-    parameters = {"qkv": torch.empty(10, 4, device="meta"), "tied": torch.empty(8, 4, device="meta")}
+    parameters = {
+        "qkv": torch.empty(10, 4, device="meta"),
+        "tied": torch.empty(8, 4, device="meta"),
+    }
 
     def load(weights: dict[str, torch.Tensor]) -> None:
         parameters["qkv"][:4].copy_(weights["q"][4:])  # this rank's half
@@ -132,9 +142,16 @@ def test_layout_of_a_fused_padded_parameter() -> None:
         parameters["tied"].data[:6].copy_(weights["embed"])
         parameters["tied"].data[6:].zero_()
 
-    tensors = [Tensor("q", "float32", (8, 4)), Tensor("k", "float32", (4, 4)), Tensor("embed", "float32", (6, 4))]
+    tensors = [
+        Tensor("q", "float32", (8, 4)),
+        Tensor("k", "float32", (4, 4)),
+        Tensor("embed", "float32", (6, 4)),
+    ]
     layout = trace_layout(tensors, parameters, load, rank=3, current=lambda: parameters)
-    whole = {name: torch.empty(shape, device="meta") for name, shape in (("q", (8, 4)), ("k", (4, 4)), ("embed", (6, 4)))}
+    whole = {
+        name: torch.empty(shape, device="meta")
+        for name, shape in (("q", (8, 4)), ("k", (4, 4)), ("embed", (6, 4)))
+    }
 
     def identity(weights: dict[str, torch.Tensor]) -> None:
         for name, tensor in weights.items():
@@ -144,7 +161,8 @@ def test_layout_of_a_fused_padded_parameter() -> None:
     given = {n: torch.randn(tuple(t.shape)) for n, t in whole.items()}
     landed = {n: torch.full(tuple(t.shape), 7.0) for n, t in parameters.items()}
     plan(source, layout).execute(
-        {(0, n): t.numpy() for n, t in given.items()}, {(3, n): t.numpy() for n, t in landed.items()}
+        {(0, n): t.numpy() for n, t in given.items()},
+        {(3, n): t.numpy() for n, t in landed.items()},
     )
     assert torch.equal(landed["qkv"], torch.cat([given["q"][4:], given["k"], torch.zeros(2, 4)]))
     assert torch.equal(landed["tied"], torch.cat([given["embed"], torch.zeros(2, 4)]))

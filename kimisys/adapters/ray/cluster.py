@@ -1,7 +1,7 @@
 """A Ray cluster for one run, and waiting on actors with a deadline and a name.
 
-Ray pickles what passes between actors and listens on all interfaces: token authentication is on, and weights
-never pass through it (docs/security.md).
+Ray pickles what passes between actors and listens on all interfaces: token authentication is on,
+and weights never pass through it (docs/security.md).
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ def local_cluster(cpus: int) -> Iterator[None]:
 
 
 def wait(pending: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:
-    """The results of `pending` (name of the actor → object reference), all of them, before the deadline.
+    """The results of `pending` (name of the actor → object reference), all of them, before the
+    deadline.
 
-    Raises ActorLostError naming who died or did not answer; an error raised by an actor's own code is
-    raised again here as it was.
+    Raises ActorLostError naming who died or did not answer; an error raised by an actor's own code
+    is raised again here as it was.
     """
     names = {reference: name for name, reference in pending.items()}
     remaining = list(names)

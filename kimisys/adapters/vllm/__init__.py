@@ -1,4 +1,4 @@
-"""The engine's side: vLLM's layouts, its weight-transfer backend ``kimisys``, and an engine that uses it.
+"""The engine's side: vLLM's layouts, its weight-transfer backend ``kimisys``, and an engine.
 
 Importing this package loads no vLLM; its modules do when they are used.
 """

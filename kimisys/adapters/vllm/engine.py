@@ -1,12 +1,13 @@
 """A vLLM engine that samples under published weights: asynchronous, token ids in and out.
 
-    engine = await Engine.start(EngineConfig(folder))        # config.json alone; no weights are read
-    await engine.connect(addresses)                          # of kimisys.broadcast publishers
-    await engine.update(1)                                   # pull, verify, pack, commit
+    engine = await Engine.start(EngineConfig(folder))  # config.json alone; no weights are read
+    await engine.connect(addresses)                    # of kimisys.broadcast publishers
+    await engine.update(1)                             # pull, verify, pack, commit
     groups = await engine.generate(prompts, samples=8, max_tokens=48, version=1)
     await engine.close()
 
-Best started in a process of its own with ``environment.environment()``: vLLM changes process-wide state.
+Best started in a process of its own with ``environment.environment()``: vLLM changes process-wide
+state.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import kimisys.errors
 from kimisys.adapters.vllm import environment
 from kimisys.adapters.vllm.loop import EngineError, EngineLoop, Sample
-from kimisys.errors import CheckpointError, KimisysError, VersionError
+from kimisys.errors import CheckpointError, VersionError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -64,10 +65,10 @@ class EngineConfig:
 class Engine:
     """One running engine; make it with ``start``. All methods may be called from one event loop.
 
-    It serves exactly one committed version. Calls that sample name the version they want and are refused
-    with VersionError when it is another; an update waits for what is being sampled, and samples asked for
-    after it wait for it. Prefix caching is off: prompts here are about as short as a cache block, and
-    nothing computed under one version can be found under the next.
+    It serves exactly one committed version. Calls that sample name the version they want and are
+    refused with VersionError when it is another; an update waits for what is being sampled, and
+    samples asked for after it wait for it. Prefix caching is off: prompts here are about as short
+    as a cache block, and nothing computed under one version can be found under the next.
     """
 
     def __init__(self, config: EngineConfig, loop: EngineLoop) -> None:
@@ -79,9 +80,10 @@ class Engine:
 
     @classmethod
     async def start(cls, config: EngineConfig) -> Engine:
-        """Starts vLLM with weights that nothing is sampled from: the first update brings the real ones.
+        """Starts vLLM with random weights; the first update brings those that may be served.
 
-        Raises CheckpointError for a folder without a readable config.json, EngineError when vLLM fails.
+        Raises CheckpointError for a folder without a readable config.json, EngineError when vLLM
+        fails.
         """
         _check_folder(config.model)
         engine = cls(config, EngineLoop(lambda: _build(config)))
@@ -96,21 +98,19 @@ class Engine:
     async def connect(self, addresses: Sequence[str | Path], timeout_seconds: float = 30.0) -> None:
         """Connects to the publishers of all trainer ranks and plans the pull.
 
-        Raises SnapshotError, LayoutError, PlanError, TraceError as kimisys.broadcast and ``layout`` do.
+        Raises SnapshotError, LayoutError, PlanError, TraceError.
         """
         info = {
             "addresses": [str(address) for address in addresses],
             "timeout_seconds": timeout_seconds,
         }
-        await self._exclusive(
-            lambda llm: _rpc(llm, "init_weight_transfer_engine", init_info=info)
-        )
+        await self._exclusive(lambda llm: _rpc(llm, "init_weight_transfer_engine", init_info=info))
 
     async def update(self, version: int) -> dict[str, Any]:
         """Pulls a published version, verifies it, and serves it from now on.
 
-        Returns version, seconds (wall, all of it), pull_seconds, digest_seconds, pack_seconds, nbytes
-        (tensor elements landed, all ranks) and digests (tensors compared).
+        Returns version, seconds (wall, all of it), pull_seconds, digest_seconds, pack_seconds,
+        nbytes (tensor elements landed, all ranks) and digests (tensors compared).
         Raises VersionError, DigestError, SnapshotError: the version served before is still served.
         Raises EngineError when packing failed: nothing is served until the engine is restarted.
         """
@@ -128,9 +128,9 @@ class Engine:
     ) -> list[list[Sample]]:
         """`samples` completions of each prompt, all of them under one version.
 
-        max_tokens: per completion, with the stop token. temperature: 0 is greedy. seed: makes a call
-        repeatable if nothing else is sampled at the same time. version: that must be served; None takes
-        the one that is.
+        max_tokens: per completion, with the stop token. temperature: 0 is greedy. seed: makes a
+        call repeatable if nothing else is sampled at the same time. version: that must be served;
+        None takes the one that is.
         Raises VersionError, EngineError; ValueError for a prompt that is empty or too long.
         """
         self._check_lengths(prompts, max_tokens)
@@ -150,7 +150,7 @@ class Engine:
         return await asyncio.wrap_future(self._loop.generate(prompts, samples, params, admit))
 
     async def probe(self, token_ids: Sequence[int], version: int | None = None) -> np.ndarray:
-        """What the engine computes: float32[len(token_ids) - 1, vocab], log-softmax at each position.
+        """What the engine computes: float32[len(token_ids) - 1, vocab], a log-softmax in each row.
 
         Row i is the distribution of the token at i + 1 given those up to i, at temperature 1.
         Raises VersionError, EngineError; ValueError for fewer than two tokens, or too many.
@@ -216,8 +216,8 @@ class Engine:
             )
         if version is not None and version != self._version:
             raise VersionError(
-                f"version {self._version} is served, asked was {version}; update the engine first, or "
-                "ask for what it serves"
+                f"version {self._version} is served, asked was {version}; update the engine first, "
+                "or ask for what it serves"
             )
         return self._version
 
@@ -228,8 +228,8 @@ class Engine:
         for index, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= room:
                 raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens; with max_tokens {max_tokens} it may have 1 "
-                    f"to {room}, as the engine's max_length is {self.config.max_length}"
+                    f"prompt {index} has {len(prompt)} tokens; with max_tokens {max_tokens} it may "
+                    f"have 1 to {room}, as the engine's max_length is {self.config.max_length}"
                 )
 
 
@@ -270,7 +270,7 @@ def _build(config: EngineConfig) -> LLMEngine:
 
 
 def _register_models(folder: Path) -> None:
-    """Imports the model's class here. vLLM would inspect it in a child process, 10 s the first time."""
+    """Imports the model's class here; vLLM would inspect it in a child process (10 s, once)."""
     from vllm.model_executor.models import ModelRegistry
 
     for name in json.loads((folder / "config.json").read_text())["architectures"]:
@@ -305,17 +305,16 @@ def _sampling(**options: Any) -> SamplingParams:
     )
 
 
-def _rpc(llm: LLMEngine, method: str, **arguments: Any) -> list[Any]:
-    """Calls a method of every worker. Raises what the workers raised, as kimisys.errors has it."""
-    try:
-        return llm.collective_rpc(method, kwargs=arguments)
-    except KimisysError:
-        raise
-    except Exception as error:
-        # Worker processes report errors as text; the class and the message are in their status.
-        for rank in llm.collective_rpc("kimisys_status"):
-            kind, message = rank["error"] or ("", "")
-            known = getattr(kimisys.errors, kind, None)
-            if known is not None:
-                raise known(message) from error
-        raise
+def _rpc(llm: LLMEngine, method: str, **arguments: Any) -> None:
+    """Calls a method of every worker. Raises what a worker raised if it is of kimisys.errors."""
+    answers = llm.collective_rpc("kimisys_call", args=(method, arguments))
+    failed = [(rank, answer) for rank, answer in enumerate(answers) if answer is not None]
+    if not failed:
+        return
+    # A rank that gave up because another did has nothing to tell.
+    failed.sort(key=lambda rank_answer: rank_answer[1][0] == "PeerFailedError")
+    rank, (kind, message, trace) = failed[0]
+    known = getattr(kimisys.errors, kind, None)
+    if known is not None:
+        raise known(message)
+    raise EngineError(f"{method} failed at rank {rank} of the engine: {kind}: {message}\n{trace}")

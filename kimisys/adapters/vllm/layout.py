@@ -1,19 +1,20 @@
 """vLLM's own answer to where each tensor-parallel rank keeps every element of a checkpoint.
 
-The model is built on the meta device for the rank in question and vLLM's own loader runs on full-size
-meta tensors, traced. No weights, no process group: the stand-in below answers what constructors ask of
-one. Nothing of a running engine is changed: what is replaced for the duration is put back.
+The model is built on the meta device for the rank in question, and vLLM's own loader runs on
+full-size meta tensors, traced. No weights, no process group: a stand-in answers what constructors ask of one.
+Nothing of a running engine is changed: what is replaced for the duration is put back.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import vllm.distributed.parallel_state as parallel_state
@@ -23,7 +24,7 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from kimisys.errors import LayoutError, TraceError
+from kimisys.errors import KimisysError, LayoutError, TraceError
 from kimisys.reshard import Layout, Tensor
 from kimisys.reshard.tracer import trace_layout
 
@@ -48,14 +49,26 @@ _SINGLE_GROUPS = ("_PP", "_DP", "_EP", "_PCP", "_DCP")
 """Groups that vLLM has for other kinds of parallelism, each of one rank here."""
 
 
-def offline_config(model: Path | str, dtype: str = "auto") -> VllmConfig:
-    """A vLLM configuration for tracing without an engine, from a folder with a config.json.
+def offline_config(
+    model: Path | str, dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+) -> VllmConfig:
+    """A vLLM configuration for tracing without an engine.
 
-    model: the folder. dtype: "float32", "bfloat16", or "auto" (what config.json says).
+    model: a folder with a config.json. dtype: of the parameters; "auto" is what config.json says.
     """
-    return EngineArgs(
-        model=str(model), dtype=dtype, load_format="dummy", skip_tokenizer_init=True, enforce_eager=True
-    ).create_engine_config()  # fmt: skip
+    arguments = EngineArgs(
+        model=str(model),
+        dtype=dtype,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+    )
+    variables = dict(os.environ)
+    try:
+        return arguments.create_engine_config()
+    finally:  # vLLM prepares this process for being an engine, LD_PRELOAD included
+        os.environ.clear()
+        os.environ.update(variables)
 
 
 def trace_vllm_layout(
@@ -67,63 +80,76 @@ def trace_vllm_layout(
 
     vllm_config: of the model; its own tensor-parallel size does not matter.
     tensors: the checkpoint's tensors by their Hugging Face names, of any dtype.
-    Returns a layout with one buffer per parameter of vLLM's, in vLLM's names and dtypes. All bytes of
-    all parameters are covered, by fragments or by padding. Tied parameters are one buffer. Tensors
-    that vLLM's loader ignores do not appear.
+    Returns a layout with one buffer per parameter of vLLM's, in vLLM's names and dtypes. All bytes
+    of all parameters are covered, by fragments or by padding. Tied parameters are one buffer.
+    Tensors that vLLM's loader ignores do not appear.
     Raises TraceError, naming the parameter or tensor, when the loader does what the tracer cannot
     follow or leaves a part of a parameter unwritten; LayoutError for an impossible rank or size.
     """
-    config, model = build_on_meta(vllm_config, tensor_parallel, rank)
-    return trace_model(config, model, tensors, tensor_parallel, rank)
+    return trace_model(build_model(vllm_config, tensor_parallel, rank), tensors)
 
 
-def build_on_meta(
-    vllm_config: VllmConfig, tensor_parallel: int, rank: int
-) -> tuple[VllmConfig, torch.nn.Module]:
-    """The model of one rank as its constructor leaves it, on the meta device, and its configuration.
+@dataclass(frozen=True)
+class RankModel:
+    """The model of one rank as its constructor leaves it, and the configuration it was built with."""
+
+    config: VllmConfig
+    module: torch.nn.Module
+    tensor_parallel: int
+    rank: int
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Runs vLLM's own loader on the checkpoint's full-size tensors."""
+        with set_current_vllm_config(self.config), _as_rank(self.tensor_parallel, self.rank):
+            # torch types it as a tensor or a module, as any attribute of a module may be
+            cast(Any, self.module).load_weights(iter(weights.items()))
+
+
+def build_model(
+    vllm_config: VllmConfig, tensor_parallel: int, rank: int, device: str = "meta"
+) -> RankModel:
+    """The model of one rank, before any loading.
 
     Raises LayoutError when the model cannot be split so, with vLLM's own reason.
     """
     if not 0 <= rank < tensor_parallel:
         raise LayoutError(
-            f"rank {rank} of {tensor_parallel} tensor-parallel ranks does not exist; ranks count from 0"
+            f"rank {rank} of {tensor_parallel} tensor-parallel ranks does not exist; ranks count "
+            "from 0"
         )
     config = _private_copy(vllm_config, tensor_parallel, rank)
+    dtype = cast(torch.dtype, config.model_config.dtype)
     try:
-        with _as_rank(tensor_parallel, rank), torch.device("meta"):
-            with set_default_torch_dtype(config.model_config.dtype):
-                return config, initialize_model(vllm_config=config)
+        with (
+            _as_rank(tensor_parallel, rank),
+            torch.device(device),
+            set_default_torch_dtype(dtype),
+        ):
+            module = initialize_model(vllm_config=config)
     except (AssertionError, ValueError) as error:
         raise LayoutError(
             f"vLLM cannot build {config.model_config.architectures} for tensor-parallel size "
-            f"{tensor_parallel}: {str(error) or _assertion(error)}; choose a size that divides heads, "
-            "key-value heads and hidden sizes"
+            f"{tensor_parallel}: {_reason(error)}; choose a size that divides heads, key-value "
+            "heads and hidden sizes"
         ) from error
+    return RankModel(config, module, tensor_parallel, rank)
 
 
-def trace_model(
-    config: VllmConfig,
-    model: torch.nn.Module,
-    tensors: Sequence[Tensor],
-    tensor_parallel: int,
-    rank: int,
-) -> Layout:
-    """The layout of a model from ``build_on_meta``; see ``trace_vllm_layout``."""
-
-    def load(weights: dict[str, torch.Tensor]) -> None:
-        with set_current_vllm_config(config), _as_rank(tensor_parallel, rank):
-            model.load_weights(iter(weights.items()))
+def trace_model(model: RankModel, tensors: Sequence[Tensor]) -> Layout:
+    """The layout of a model that was built on the meta device; see ``trace_vllm_layout``."""
 
     def parameters() -> dict[str, torch.Tensor]:
-        return dict(model.named_parameters())
+        return dict(model.module.named_parameters())
 
     try:
-        layout = trace_layout(tensors, parameters(), load, rank, current=parameters)
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        layout = trace_layout(tensors, parameters(), model.load, model.rank, current=parameters)
+    except KimisysError:
+        raise
+    except Exception as error:  # whatever a foreign loader raises
         raise TraceError(
-            f"vLLM's loader failed on the tensors given to it, rank {rank} of {tensor_parallel}: "
-            f"{type(error).__name__}: {str(error) or _assertion(error)}; compare their names and shapes "
-            "with the model's config.json"
+            f"vLLM's loader failed on the tensors given to it, at rank {model.rank} of "
+            f"{model.tensor_parallel}: {_reason(error)}; compare their names and shapes with the "
+            "model's config.json"
         ) from error
     _check_covered(layout)
     return layout
@@ -148,8 +174,8 @@ def _check_covered(layout: Layout) -> None:
     if missing:
         raise TraceError(
             f"vLLM's loader leaves parts of its parameters unwritten: {', '.join(missing[:8])}"
-            f"{' and more' if len(missing) > 8 else ''}; a tensor is missing from the checkpoint, or the "
-            "model needs something that is not in it"
+            f"{' and more' if len(missing) > 8 else ''}; a tensor is missing from the checkpoint, or "
+            "the model needs something that is not in it"
         )
 
 
@@ -186,12 +212,15 @@ def _as_rank(tensor_parallel: int, rank: int) -> Iterator[None]:
         rotary_embedding._ROPE_DICT.update(ropes)
 
 
-def _assertion(error: BaseException) -> str:
-    """Where a bare ``assert`` failed, as it has no message."""
+def _reason(error: BaseException) -> str:
+    """What an error says, or where it was raised: vLLM's assertions say nothing."""
+    if str(error):
+        return f"{type(error).__name__}: {error}"
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None:
-        return "an assertion failed"
+        return type(error).__name__
     code = trace.tb_frame.f_code
-    return f"an assertion in {code.co_name} ({Path(code.co_filename).name}:{trace.tb_lineno})"
+    file = Path(code.co_filename).name
+    return f"{type(error).__name__} in {code.co_name} ({file}:{trace.tb_lineno})"

@@ -1,7 +1,7 @@
-"""A vLLM engine in a thread of its own: requests are admitted and stepped there, callers await futures.
+"""A vLLM engine in a thread of its own: requests are admitted and stepped there, callers await.
 
-The scheduler and, without tensor parallelism, the model run in this process. vLLM's output processor is
-left out: token ids and log-probabilities are taken as the engine core gives them.
+The scheduler and, without tensor parallelism, the model run in this process. vLLM's output processor
+is left out: token ids and log-probabilities are taken as the engine core gives them.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def _raise(error: BaseException) -> None:
 
 
 def _by_token(tensors: Any) -> np.ndarray:
-    """float32[positions, vocab] from vLLM's lists, which are sorted and begin with the prompt's token."""
+    """float32[positions, vocab] from vLLM's rows, which are sorted and begin with the prompt's token."""
     ids = tensors.logprob_token_ids.numpy()[:, 1:].astype(np.int64)
     found = np.full(ids.shape, -np.inf, np.float32)
     np.put_along_axis(found, ids, tensors.logprobs.numpy()[:, 1:], axis=1)

@@ -1,10 +1,10 @@
 """From verified weights into what the engine computes with.
 
-vLLM derives state from its parameters once, after loading: on the CPU build every linear layer keeps a
-packed copy for oneDNN (its parameter is left empty), and so does the output head, tied or not (its
+vLLM derives state from its parameters once, after loading: on the CPU build every linear layer keeps
+a packed copy for oneDNN (its parameter is left empty), and so does the output head, tied or not (its
 parameter stays, and the copy goes stale when it is written to). ``Packer`` finds what was derived by
-comparing the running model with one fresh from its constructor, and refuses, by name, what it does not
-know how to derive again.
+comparing the running model with one fresh from its constructor, and refuses, by name, what it does
+not know how to derive again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DERIVED: Mapping[type[QuantizeMethodBase], frozenset[str]] = {
 
 @dataclass(frozen=True)
 class _Refill:
-    """A parameter that vLLM emptied after packing: it is given its full weight again to be packed."""
+    """A parameter that vLLM emptied after packing: to pack again, it gets its full weight again."""
 
     module: torch.nn.Module
     attribute: str
@@ -42,7 +42,7 @@ class Packer:
     """Brings a running model's derived state in line with new weights.
 
     running: the model as the engine uses it.
-    fresh: the same model as its constructor leaves it, on the meta device (``build_on_meta``).
+    fresh: the same model as its constructor leaves it, on the meta device (``layout.build_model``).
     Raises LayoutError naming what was derived from weights in a way that is not known here.
 
     Attributes:
@@ -82,9 +82,9 @@ class Packer:
         refused += [f"module {prefix!r}" for prefix in modules]
         if refused:
             raise LayoutError(
-                f"vLLM derived state from weights that kimisys cannot derive again: {refused[:8]}; an "
-                "update would leave it stale. Use an unquantized model of a supported family, or extend "
-                "kimisys/adapters/vllm/pack.py"
+                f"vLLM derived state from weights that kimisys cannot derive again: {refused[:8]}; "
+                "an update would leave it stale. Use an unquantized model of a supported family, or "
+                "extend kimisys/adapters/vllm/pack.py"
             )
 
     @torch.no_grad()
@@ -103,10 +103,10 @@ class Packer:
             derive()
         for refill in self._refills:
             if getattr(refill.module, refill.attribute).numel():
-                # An unpacked fallback would go on reading the shadow, which the next pull overwrites.
+                # An unpacked fallback would go on reading the shadow while the next pull fills it.
                 raise LayoutError(
-                    f"{refill.name!r} was packed when the engine started and is not any more; vLLM fell "
-                    "back to an unpacked kernel. Restart the engine"
+                    f"{refill.name!r} was packed when the engine started and is not any more; vLLM "
+                    "fell back to an unpacked kernel. Restart the engine"
                 )
 
 

@@ -9,7 +9,7 @@ BACKEND = "kimisys"
 
 
 def register() -> None:
-    """Makes the weight-transfer backend ``kimisys`` known to vLLM. Idempotent; imports no model code."""
+    """Makes the weight-transfer backend ``kimisys`` known to vLLM. Idempotent, and cheap."""
     try:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "kimisys.adapters.vllm.weight_transfer", "KimisysWeightTransferEngine"

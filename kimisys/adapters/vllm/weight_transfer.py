@@ -1,14 +1,14 @@
-"""The weight-transfer backend ``kimisys``: how a running vLLM worker takes over a published version.
+"""The weight-transfer backend ``kimisys``: how a vLLM worker takes over a published version.
 
-Weights are pulled into a shadow of the worker's shard and verified there. Only then are they packed into
-the model. Whatever refuses an update before that leaves the worker serving the version it had.
+Weights are pulled into a shadow of the worker's shard and verified there. Only then are they packed
+into the model. Whatever refuses an update before that leaves the worker serving what it had.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from kimisys.adapters.vllm import plugin
-from kimisys.adapters.vllm.layout import build_on_meta, trace_model, trace_vllm_layout
+from kimisys.adapters.vllm.layout import build_model, trace_model, trace_vllm_layout
 from kimisys.adapters.vllm.pack import Packer
 from kimisys.broadcast import Peers, Pulled, Subscriber, connect
 from kimisys.errors import LayoutError, SnapshotError, VersionError
@@ -62,13 +62,12 @@ class Status:
     """What a worker serves, and how its last update went; plain values, as it crosses processes.
 
     version: committed, None before the first update. broken: why the worker must not serve, or "".
-    error: class and message of the last refused update, or None. seconds, nbytes, digests: of the last
-    committed update: wall time by phase, bytes of tensor elements landed, tensors compared by digest.
+    seconds, nbytes, digests: of the last update: wall time by phase, bytes of tensor elements landed,
+    tensors compared by digest.
     """
 
     version: int | None = None
     broken: str = ""
-    error: tuple[str, str] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     nbytes: int = 0
     digests: int = 0
@@ -92,14 +91,14 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1 or parallel.enable_expert_parallel:
             raise LayoutError(
-                "the kimisys backend updates engines of tensor parallelism alone; this one has pipeline-"
-                f"parallel size {parallel.pipeline_parallel_size} and expert parallelism "
+                "the kimisys backend updates engines of tensor parallelism alone; this one has "
+                f"pipeline-parallel size {parallel.pipeline_parallel_size} and expert parallelism "
                 f"{'on' if parallel.enable_expert_parallel else 'off'}"
             )
         self._group = get_tp_group()
         self._size, self._rank = self._group.world_size, self._group.rank_in_group
-        self._fresh = build_on_meta(vllm_config, self._size, self._rank)
-        self._packer = Packer(model, self._fresh[1])
+        self._fresh = build_model(vllm_config, self._size, self._rank)
+        self._packer = Packer(model, self._fresh.module)
         self._shadow = {
             name: torch.empty_like(meta, device=device)
             for name, meta in self._packer.shapes.items()
@@ -110,19 +109,18 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.status = Status()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Connects to the publishers and plans the pull; connecting again replaces the former peers."""
+        """Connects to the publishers and plans the pull; doing it again replaces the former peers."""
         self.shutdown()
-        with self._remembering_errors():
-            peers = connect(init_info.addresses, init_info.timeout_seconds)
-            self._subscriber = Subscriber(peers, self._layout(peers), self._rank)
-            self._peers = peers
+        peers = connect(init_info.addresses, init_info.timeout_seconds)
+        self._subscriber = Subscriber(peers, self._layout(peers), self._rank)
+        self._peers = peers
 
     def _layout(self, peers: Peers) -> Layout:
         """Of all ranks of this engine: replicas and splits are verified over all of them."""
         tensors = peers.layout.tensors
         return Layout.merge(
             [
-                trace_model(*self._fresh, tensors, self._size, rank)
+                trace_model(self._fresh, tensors)
                 if rank == self._rank
                 else trace_vllm_layout(self.vllm_config, tensors, self._size, rank)
                 for rank in range(self._size)
@@ -138,27 +136,17 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         Raises VersionError, DigestError, SnapshotError. The model is untouched.
         """
         self._pulled = None
-        with self._remembering_errors():
-            self._pulled = self._receive(update_info.version)
-
-    @contextmanager
-    def _remembering_errors(self) -> Iterator[None]:
-        """Errors reach another process as text; the status keeps their class."""
-        self.status.error = None
-        try:
-            yield
-        except Exception as error:
-            self.status.error = (type(error).__name__, str(error))
-            raise
+        self._pulled = self._receive(update_info.version)
 
     def _receive(self, version: int) -> Pulled:
         agreement = Agreement(self._size, self._rank, self._sum)
         try:
             if self._subscriber is None:
-                raise SnapshotError("no publisher is known; call init_transfer_engine with addresses")
+                raise SnapshotError("no publisher is known; connect to their addresses first")
             if self.status.version is not None and version <= self.status.version:
                 raise VersionError(
-                    f"version {self.status.version} is served, asked was {version}; versions only increase"
+                    f"version {self.status.version} is served, asked was {version}; versions only "
+                    "increase"
                 )
             buffers = {
                 (self._rank, name): tensor.view(torch.uint8).numpy()
@@ -177,7 +165,7 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         pulled, self._pulled = self._pulled, None
         if pulled is None:
-            raise SnapshotError("there is nothing to finish: no version was received since the last")
+            raise SnapshotError("nothing to finish: no version was received since the last finish")
         started = time.perf_counter()
         self.status.version = None
         try:
@@ -218,7 +206,7 @@ class PeerFailedError(SnapshotError):
 class Agreement:
     """One collective decision of all ranks of an engine: sum digests together, or fail together.
 
-    A rank that fails on the way says so in the sum that the others wait in, so that none waits for it.
+    A rank that fails on the way says so in the sum that the others wait in, so none waits for it.
     """
 
     def __init__(
@@ -236,7 +224,7 @@ class Agreement:
         if failed:
             raise PeerFailedError(
                 f"rank {self._rank} received its weights, but ranks {failed} of the engine did not; "
-                "their errors say why"
+                "their own errors say why"
             )
         return self._total(digests.view(np.int64)).view(np.uint64)
 
@@ -256,6 +244,18 @@ class WorkerReport:
     """Methods that vLLM's workers get beside their own (``worker_extension_cls``)."""
 
     weight_transfer_engine: KimisysWeightTransferEngine
+
+    def kimisys_call(self, method: str, arguments: dict[str, Any]) -> tuple[str, str, str] | None:
+        """Calls a method of the worker. Returns None, or class, message and trace of what it raised.
+
+        A method that raises through vLLM's RPC leaves the answers of the ranks after it unread, and
+        each later call gets the answer to an earlier one.
+        """
+        try:
+            getattr(self, method)(**arguments)
+        except Exception as error:
+            return type(error).__name__, str(error), traceback.format_exc()
+        return None
 
     def kimisys_status(self) -> dict[str, Any]:
         """The worker's Status as a dictionary."""

@@ -1,10 +1,10 @@
+#include "base/fd.h"
+
 #include <doctest/doctest.h>
 #include <fcntl.h>
 
 #include <utility>
 #include <vector>
-
-#include "base/fd.h"
 
 namespace kimisys {
 namespace {
