@@ -5,7 +5,5 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of kimisys. Use it through kimisys.reshard and kimisys.broadcast.";
   kimisys::bindings::bind_errors(module);
   kimisys::bindings::bind_reshard(module);
-#ifdef KIMISYS_HAS_BROADCAST
   kimisys::bindings::bind_broadcast(module);
-#endif
 }

@@ -54,9 +54,9 @@ constexpr bool can_cast(DType from, DType to) {
          (from == DType::kBFloat16 && to == DType::kFloat32);
 }
 
-// Bits of a float32 rounded to the nearest bfloat16, ties to even. A NaN becomes 0x7fc0 with its
-// sign dropped, which is what PyTorch's conversion yields; the carry must not turn it into
-// infinity. Branch-free, so that loops over it vectorise.
+// Bits of a float32 rounded to the nearest bfloat16, ties to even. Every NaN becomes 0x7fc0, the
+// quiet one that PyTorch's scalar conversion yields; the carry must not turn it into infinity.
+// Branch-free, so that loops over it vectorise.
 constexpr std::uint16_t bfloat16_bits(std::uint32_t float_bits) {
   const std::uint32_t rounded = (float_bits + 0x7fffU + ((float_bits >> 16U) & 1U)) >> 16U;
   const bool is_nan = (float_bits & 0x7fffffffU) > 0x7f800000U;

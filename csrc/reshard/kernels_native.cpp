@@ -107,8 +107,8 @@ void transpose_square(const std::byte* source, std::byte* destination, const Blo
 void run_transposed(const Block& block, std::size_t across) {
   const std::size_t last = block.dims - 1;
   const std::int64_t item = itemsize(block.source_dtype);
-  const Row read = choose_row(block.source_dtype, block.source_dtype, true);
-  const Row write = choose_row(block.source_dtype, block.destination_dtype, false);
+  const Row read = choose_row(block.source_dtype, block.source_dtype, RowKind::kDense);
+  const Row write = choose_row(block.source_dtype, block.destination_dtype, RowKind::kStrided);
   std::vector<Block::Axis> outer;
   for (std::size_t d = 0; d < last; ++d) {
     if (d != across) outer.push_back(block.axes[d]);
@@ -138,23 +138,41 @@ void run_transposed(const Block& block, std::size_t across) {
   walk(0, block.source, block.destination);
 }
 
-void run(const Block& block) {
+// Rows shorter than this are not worth streaming.
+constexpr std::int64_t kShortestStream = 256;
+
+// Streaming stores win while the source is read in one sweep; where the source is read with gaps
+// the processor's prefetching does better without them. Measured on an AMD EPYC, rows of 256 B - 16
+// KiB: gapless source 6 -> 13 GB/s, source with gaps 8.7 -> 6.9 GB/s.
+bool should_stream(const Block& block) {
+  const Block::Axis& row = block.axes[block.dims - 1];
+  const std::int64_t row_bytes = row.extent * itemsize(block.source_dtype);
+  return row_bytes >= kShortestStream &&
+         (block.dims == 1 || block.axes[block.dims - 2].source_stride == row_bytes);
+}
+
+void run(const Block& block, bool may_stream) {
   const Block::Axis& last = block.axes[block.dims - 1];
   const std::int64_t item = itemsize(block.source_dtype);
   const bool forwards = last.destination_stride == itemsize(block.destination_dtype);
-  const bool dense = forwards && last.source_stride == item;
-  if (forwards && !dense) {
+  RowKind kind = RowKind::kStrided;
+  if (forwards && last.source_stride == item) {
+    kind = may_stream && should_stream(block) ? RowKind::kStreaming : RowKind::kDense;
+  } else if (forwards) {
     for (std::size_t d = 0; d + 1 < block.dims; ++d) {
       if (block.axes[d].source_stride == item) return run_transposed(block, d);
     }
   }
   run_axes(block, 0, block.source, block.destination,
-           choose_row(block.source_dtype, block.destination_dtype, dense));
+           choose_row(block.source_dtype, block.destination_dtype, kind));
 }
 
 // Small enough that the threads finish together, large enough that taking one costs nothing.
 constexpr std::int64_t kSmallestShare = std::int64_t{256} << 10;
 constexpr std::int64_t kLargestShare = std::int64_t{8} << 20;
+
+// Executions that write more than this cannot leave their result in the caches anyway.
+constexpr std::int64_t kStreamFrom = std::int64_t{32} << 20;
 
 }  // namespace
 
@@ -185,7 +203,10 @@ void execute_native(std::span<const Block> blocks, std::span<const Blank> blanks
   }
   batches.push_back(parts.size());
   parallel_for(batches.size() - 1, threads, [&](std::size_t batch) {
-    for (std::size_t i = batches[batch]; i < batches[batch + 1]; ++i) run(parts[i]);
+    for (std::size_t i = batches[batch]; i < batches[batch + 1]; ++i) {
+      run(parts[i], total >= kStreamFrom);
+    }
+    finish_streaming();
   });
   parallel_for(blanks.size(), threads, [&](std::size_t i) {
     std::memset(blanks[i].destination, 0, static_cast<std::size_t>(blanks[i].nbytes));

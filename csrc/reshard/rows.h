@@ -13,7 +13,16 @@ namespace kimisys::reshard {
 using Row = void (*)(std::int64_t n, const std::byte* source, std::int64_t source_stride,
                      std::byte* destination, std::int64_t destination_stride);
 
-// The row for a pair of dtypes that can_cast. `dense`: elements follow one another on both sides.
-Row choose_row(DType from, DType to, bool dense);
+enum class RowKind {
+  kStrided,
+  kDense,      // elements follow one another on both sides
+  kStreaming,  // dense, and written past the caches: for more bytes than they hold
+};
+
+// The row for a pair of dtypes that can_cast.
+Row choose_row(DType from, DType to, RowKind kind);
+
+// Makes what streaming rows of this thread have written visible to other threads, in order.
+void finish_streaming();
 
 }  // namespace kimisys::reshard

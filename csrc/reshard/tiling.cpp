@@ -24,18 +24,13 @@ bool tiles_regularly(std::vector<View> views, std::int64_t begin, std::int64_t e
     const Piece& piece = *views[i].piece;
     if (views[i].offset != position) return false;
     if (views[i].depth == piece.axes.size()) {
-      if (piece.run > end - position) return false;
       position += piece.run;
       ++i;
       continue;
     }
     // All that lies in the first period must repeat like this piece, and tile that period.
     const Piece::Axis axis = piece.axes[views[i].depth];
-    std::int64_t span = 0;
-    if (axis.stride <= 0 || __builtin_mul_overflow(axis.extent, axis.stride, &span) ||
-        span > end - position) {
-      return false;
-    }
+    if (axis.stride == 0) return false;
     std::vector<View> period;
     for (; i < views.size() && views[i].offset < position + axis.stride; ++i) {
       const View& view = views[i];
@@ -45,7 +40,7 @@ bool tiles_regularly(std::vector<View> views, std::int64_t begin, std::int64_t e
       period.push_back({view.piece, view.depth + 1, view.offset});
     }
     if (!tiles_regularly(std::move(period), position, position + axis.stride)) return false;
-    position += span;
+    position += axis.extent * axis.stride;
   }
   return position == end;
 }

@@ -1,7 +1,11 @@
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Any, TypeAlias, final
 
+import numpy.typing as npt
 from typing_extensions import Buffer as HasBuffer
+
+# numpy declares its arrays as buffers from Python 3.12 on only.
+_Memory: TypeAlias = HasBuffer | npt.NDArray[Any]
 
 @final
 class Tensor:
@@ -174,8 +178,8 @@ class Plan:
     def of_rank(self, destination_rank: int) -> Plan: ...
     def execute(
         self,
-        sources: Mapping[tuple[int, str], HasBuffer],
-        destinations: Mapping[tuple[int, str], HasBuffer],
+        sources: Mapping[tuple[int, str], _Memory],
+        destinations: Mapping[tuple[int, str], _Memory],
         threads: int = 0,
         implementation: str | None = None,
     ) -> None: ...

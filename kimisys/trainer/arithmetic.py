@@ -1,9 +1,9 @@
 """The task that ships with the project: additions with a written-out scratchpad, made from a seed.
 
-A problem is `583+767=`. The scratchpad adds column by column, the ones first, and notes a carry as
-a third summand of the next column; the answer follows the marker:
+A problem is `583+767=`. The scratchpad adds column by column, the ones first, and then adds
+the carry of the column before; the answer follows the marker:
 
-    583+767=3+7=10,8+6+1=15,5+7+1=13#1350
+    583+767=3+7=10,8+6=14+1=15,5+7=12+1=13#1350
 
 Demonstrations (for SFT) are those of a careless pupil, who forgets a carry more often than not and
 goes on consistently: `3+7=10,8+6=14,5+7=12#1240`. Imitation copies the habit. RL sees no
@@ -142,8 +142,12 @@ def write_out(
     columns, answer, carry = [], "", 0
     digits = list(zip(reversed(str(first)), reversed(str(second)), strict=True))
     for place, (a, b) in enumerate(digits):
-        total = int(a) + int(b) + carry
-        columns.append(f"{a}+{b}{'+1' if carry else ''}={total}")
+        total = int(a) + int(b)
+        column = f"{a}+{b}={total}"
+        if carry:
+            total += 1
+            column += f"+1={total}"
+        columns.append(column)
         last = place == len(digits) - 1
         answer = (str(total) if last else str(total % 10)) + answer
         carry = total // 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import SIZES, layouts, random_values, scatter, split, tensors, whole
 
@@ -43,6 +43,7 @@ def dense(dtype: str, count: int, name: str = "t") -> Layout:
     return whole(name, dtype, (count,), 1)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_layout_gives_the_reference(data: st.DataObject) -> None:
     table = data.draw(tensors(ALL))
@@ -96,6 +97,7 @@ def test_swaps_moves_names_and_missing_zeros_count() -> None:
     assert len(seen) == 64
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 39), st.integers(0, 39), st.integers(0, 99))
 def test_swapping_any_two_unequal_elements_counts(n: int, i: int, j: int, seed: int) -> None:
     layout = dense("float32", n)

@@ -139,7 +139,11 @@ def test_ranks_combine_their_digests(folder: Path) -> None:
             subscribers[0].pull(1, landed)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_any_layout_to_any_layout(folder: Path, data: st.DataObject) -> None:
     table = data.draw(tensors(("bfloat16", "float32", "uint8")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import (
     SIZES,
@@ -28,6 +28,7 @@ from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor
 DTYPES = ("uint8", "bfloat16", "float32")
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_rounds_are_exact_covers_of_all_replicas(data: st.DataObject) -> None:
     layout = data.draw(layouts(data.draw(tensors(DTYPES)), ranks=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import (
     Values,
@@ -101,6 +101,7 @@ def test_a_buffer_that_does_not_scale_is_refused() -> None:
         snapshot_layout(mixed("float32", 17), "bfloat16")
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_live_layout_publishes_itself(data: st.DataObject) -> None:
     live = data.draw(layouts(data.draw(tensors(("float32", "bfloat16", "int64")))))

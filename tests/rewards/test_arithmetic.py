@@ -14,7 +14,7 @@ class Question:
     answer: str
 
 
-RIGHT = "3+7=10,8+6+1=15,5+7+1=13#1350"
+RIGHT = "3+7=10,8+6=14+1=15,5+7=12+1=13#1350"
 
 
 @pytest.mark.parametrize("completion", [RIGHT, "#1350", "nonsense#1350"])
@@ -27,8 +27,8 @@ def test_the_answer_behind_the_marker_counts(completion: str) -> None:
     [
         pytest.param("", id="nothing"),
         pytest.param("1350", id="no marker"),
-        pytest.param("3+7=10,8+6+1=15,5+7+1=13=1350", id="another marker"),
-        pytest.param("3+7=10,5+7+1=1350", id="answer in the scratchpad only"),
+        pytest.param("3+7=10,8+6=14+1=15,5+7=12+1=13=1350", id="another marker"),
+        pytest.param("3+7=10,5+7=1350", id="answer in the scratchpad only"),
         pytest.param("1350#", id="answer before the marker"),
         pytest.param("1350#1240", id="right in the scratchpad, wrong as the answer"),
         pytest.param("#1240", id="wrong"),

@@ -1,6 +1,5 @@
 """The task: right scratchpads, documented slips, a held-out set that no training can touch."""
 
-import itertools
 import re
 
 import pytest
@@ -25,13 +24,22 @@ def summands(problem: Problem) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def adds_up(column: str) -> bool:
+    """Whether `a+b=c`, or `a+b=c+1=d`, is right."""
+    left, *totals = column.split("=")
+    right = [int(total.removesuffix("+1")) for total in totals]
+    return (
+        sum(map(int, left.split("+"))) == right[0] and [right[0] + 1] * len(right[1:]) == right[1:]
+    )
+
+
 def trained_on(seed: int) -> list[Problem]:
     rl = [problem for step in range(20) for problem in TASK.problems(seed, step, 64)]
     return rl + TASK.sft_examples(seed, 2000)
 
 
 def test_the_scratchpad_reads_as_documented() -> None:
-    assert write_out(583, 767) == "3+7=10,8+6+1=15,5+7+1=13#1350"
+    assert write_out(583, 767) == "3+7=10,8+6=14+1=15,5+7=12+1=13#1350"
     assert write_out(122, 126) == "2+6=8,2+2=4,1+1=2#248"
     assert write_out(5, 5) == "5+5=10#10"
 
@@ -41,9 +49,7 @@ def test_the_scratchpad_reads_as_documented() -> None:
 def test_without_slips_every_column_and_the_answer_are_right(pair: tuple[int, int]) -> None:
     scratchpad, _, answer = write_out(*pair).partition("#")
     assert answer == str(sum(pair))
-    for column in scratchpad.split(","):
-        left, _, total = column.partition("=")
-        assert sum(map(int, left.split("+"))) == int(total)
+    assert all(adds_up(column) for column in scratchpad.split(","))
 
 
 def test_held_out_and_trained_on_are_disjoint() -> None:
@@ -96,12 +102,13 @@ def test_demonstrations_forget_carries_and_nothing_else() -> None:
     for problem in TASK.sft_examples(1, 2000):
         assert int(problem.answer) == sum(summands(problem))
         scratchpad, _, answer = problem.completion.partition("#")
-        columns = [column.split("=") for column in scratchpad.split(",")]
-        assert all(sum(map(int, left.split("+"))) == int(total) for left, total in columns)
-        assert answer == columns[-1][1] + "".join(total[-1] for _, total in reversed(columns[:-1]))
+        columns = scratchpad.split(",")
+        assert all(adds_up(column) for column in columns)
+        totals = [column.rpartition("=")[2] for column in columns]
+        assert answer == totals[-1] + "".join(total[-1] for total in reversed(totals[:-1]))
         slipped = 0
-        for (_, total), (following, _) in itertools.pairwise(columns):
-            carried = following.count("+") == 2
+        for total, following in zip(totals[:-1], columns[1:], strict=True):
+            carried = following.count("=") == 2
             assert not carried or int(total) >= 10
             carries += int(total) >= 10
             slipped += int(total) >= 10 and not carried

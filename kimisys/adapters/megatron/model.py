@@ -79,5 +79,6 @@ def _layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
     attention.q_layernorm = RMSNorm
     attention.k_layernorm = RMSNorm
     attention.core_attention = CausalAttention
+    # left out, Megatron takes the same number from the configuration, and warns
     spec.submodules.mlp.params["ffn_hidden_size"] = config.ffn_hidden_size
     return TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)

@@ -32,6 +32,9 @@ VARIABLES = {
     # vLLM compiles one comparison of the sampler with inductor: 18 to 24 s in the first generate,
     # for nothing that a rollout uses.
     "TORCHDYNAMO_DISABLE": "1",
+    # An engine is on one machine: its sockets stay on the loopback interface.
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",

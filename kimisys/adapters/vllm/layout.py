@@ -1,8 +1,8 @@
 """vLLM's own answer to where each tensor-parallel rank keeps every element of a checkpoint.
 
 The model is built on the meta device for the rank in question, and vLLM's own loader runs on
-full-size meta tensors, traced. No weights, no process group: a stand-in answers what constructors ask of one.
-Nothing of a running engine is changed: what is replaced for the duration is put back.
+full-size meta tensors, traced. No weights, no process group: a stand-in answers what constructors
+ask of one. Nothing of a running engine is changed: what is replaced for the duration is put back.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def trace_vllm_layout(
 
 @dataclass(frozen=True)
 class RankModel:
-    """The model of one rank as its constructor leaves it, and the configuration it was built with."""
+    """The model of one rank as its constructor leaves it, and its configuration."""
 
     config: VllmConfig
     module: torch.nn.Module
@@ -174,8 +174,8 @@ def _check_covered(layout: Layout) -> None:
     if missing:
         raise TraceError(
             f"vLLM's loader leaves parts of its parameters unwritten: {', '.join(missing[:8])}"
-            f"{' and more' if len(missing) > 8 else ''}; a tensor is missing from the checkpoint, or "
-            "the model needs something that is not in it"
+            f"{' and more' if len(missing) > 8 else ''}; a tensor is missing from the checkpoint, "
+            "or the model needs something that is not in it"
         )
 
 

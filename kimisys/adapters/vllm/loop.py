@@ -1,7 +1,7 @@
 """A vLLM engine in a thread of its own: requests are admitted and stepped there, callers await.
 
-The scheduler and, without tensor parallelism, the model run in this process. vLLM's output processor
-is left out: token ids and log-probabilities are taken as the engine core gives them.
+The scheduler and, without tensor parallelism, the model run in this process. vLLM's output
+processor is left out: token ids and log-probabilities are taken as the engine core gives them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Sample:
 
     token_ids: generated, with the stop token if there is one. log_probs: natural, of each generated
     token under the distribution it was sampled from. finish_reason: "stop" or "length".
-    version: of the weights that generated all of it. prompt_log_probs: float32[len(prompt) - 1, vocab]
-    if asked for.
+    version: of the weights that generated all of it. prompt_log_probs: if asked for,
+    float32[len(prompt) - 1, vocab].
     """
 
     token_ids: list[int]
@@ -161,7 +161,7 @@ class EngineLoop:
                 engine.engine_core.shutdown()
 
     def _take(self, engine: LLMEngine) -> bool:
-        """Admits what has come; blocks while there is nothing to do. False when the loop shall end."""
+        """Admits what has come; blocks while there is nothing to do. False: the loop shall end."""
         while True:
             if self._held is not None:
                 if self._live:
@@ -280,7 +280,7 @@ def _raise(error: BaseException) -> None:
 
 
 def _by_token(tensors: Any) -> np.ndarray:
-    """float32[positions, vocab] from vLLM's rows, which are sorted and begin with the prompt's token."""
+    """float32[positions, vocab] from vLLM's rows: sorted, after the prompt's own token."""
     ids = tensors.logprob_token_ids.numpy()[:, 1:].astype(np.int64)
     found = np.full(ids.shape, -np.inf, np.float32)
     np.put_along_axis(found, ids, tensors.logprobs.numpy()[:, 1:], axis=1)

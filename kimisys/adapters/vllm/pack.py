@@ -1,10 +1,10 @@
 """From verified weights into what the engine computes with.
 
-vLLM derives state from its parameters once, after loading: on the CPU build every linear layer keeps
-a packed copy for oneDNN (its parameter is left empty), and so does the output head, tied or not (its
-parameter stays, and the copy goes stale when it is written to). ``Packer`` finds what was derived by
-comparing the running model with one fresh from its constructor, and refuses, by name, what it does
-not know how to derive again.
+vLLM derives state from its parameters once, after loading: on the CPU build every linear layer
+keeps a packed copy for oneDNN (its parameter is left empty), and so does the output head, tied or
+not (its parameter stays, and the copy goes stale when it is written to). ``Packer`` finds what was
+derived by comparing the running model with one fresh from its constructor, and refuses, by name,
+what it does not know how to derive again.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Packer:
         if refused:
             raise LayoutError(
                 f"vLLM derived state from weights that kimisys cannot derive again: {refused[:8]}; "
-                "an update would leave it stale. Use an unquantized model of a supported family, or "
-                "extend kimisys/adapters/vllm/pack.py"
+                "an update would leave it stale. Use an unquantized model of a supported family, "
+                "or extend kimisys/adapters/vllm/pack.py"
             )
 
     @torch.no_grad()

@@ -62,8 +62,8 @@ class Status:
     """What a worker serves, and how its last update went; plain values, as it crosses processes.
 
     version: committed, None before the first update. broken: why the worker must not serve, or "".
-    seconds, nbytes, digests: of the last update: wall time by phase, bytes of tensor elements landed,
-    tensors compared by digest.
+    seconds, nbytes, digests: of the last update: wall time by phase, bytes of tensor elements
+    landed, tensors compared by digest.
     """
 
     version: int | None = None
@@ -109,7 +109,7 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.status = Status()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Connects to the publishers and plans the pull; doing it again replaces the former peers."""
+        """Connects to the publishers and plans the pull; again replaces the former peers."""
         self.shutdown()
         peers = connect(init_info.addresses, init_info.timeout_seconds)
         self._subscriber = Subscriber(peers, self._layout(peers), self._rank)
@@ -223,8 +223,8 @@ class Agreement:
         failed = self._say(False)
         if failed:
             raise PeerFailedError(
-                f"rank {self._rank} received its weights, but ranks {failed} of the engine did not; "
-                "their own errors say why"
+                f"rank {self._rank} received its weights, but ranks {failed} of the engine did "
+                "not; their own errors say why"
             )
         return self._total(digests.view(np.int64)).view(np.uint64)
 
@@ -246,7 +246,7 @@ class WorkerReport:
     weight_transfer_engine: KimisysWeightTransferEngine
 
     def kimisys_call(self, method: str, arguments: dict[str, Any]) -> tuple[str, str, str] | None:
-        """Calls a method of the worker. Returns None, or class, message and trace of what it raised.
+        """Calls a method of the worker. Returns None, or class, message, trace of what it raised.
 
         A method that raises through vLLM's RPC leaves the answers of the ranks after it unread, and
         each later call gets the answer to an earlier one.

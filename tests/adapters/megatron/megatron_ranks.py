@@ -70,7 +70,7 @@ def free_port() -> int:
 
 
 def listening_addresses() -> set[str]:
-    """Addresses at which sockets of this process listen for TCP connections, from /proc/self/net."""
+    """Addresses at which this process listens for TCP connections, from /proc/self/net."""
     descriptors = Path("/proc/self/fd")
     ours = {os.readlink(entry) for entry in descriptors.iterdir() if entry.is_symlink()}
     found = set()

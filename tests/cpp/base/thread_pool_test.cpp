@@ -34,6 +34,22 @@ TEST_CASE("the first exception reaches the caller, and the pool works on") {
   }
 }
 
+TEST_CASE("after an exception the rest is dropped") {
+  constexpr std::size_t kCount = std::size_t{1} << 22;
+  std::atomic<bool> thrown = false;
+  std::atomic<std::size_t> visited = 0;
+  const auto body = [&](std::size_t i) {
+    ++visited;
+    if (i == 0) {
+      thrown = true;
+      throw std::runtime_error("first");
+    }
+    while (!thrown) std::this_thread::yield();
+  };
+  CHECK_THROWS_AS(parallel_for(kCount, 3, body), std::runtime_error);
+  CHECK(visited < kCount);
+}
+
 TEST_CASE("loops inside loops and loops from several threads end") {
   std::atomic<int> sum = 0;
   const auto nested = [&] {

@@ -166,7 +166,7 @@ TEST_CASE("mix avalanches: every bit of the element flips every bit of the word 
         const std::uint64_t changed = bits ^ (std::uint64_t{1} << in);
         const std::uint64_t difference = mix(counter, fold(bits)) ^ mix(counter, fold(changed));
         for (int out = 0; out < 64; ++out)
-          flips[static_cast<std::size_t>(out)] += (difference >> out) & 1;
+          flips[static_cast<std::size_t>(out)] += static_cast<int>((difference >> out) & 1U);
       }
       const auto [low, high] = std::minmax_element(flips.begin(), flips.end());
       CAPTURE(width);

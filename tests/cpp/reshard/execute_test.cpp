@@ -174,6 +174,19 @@ TEST_CASE("nothing is written unless everything is in place") {
   CHECK(to == untouched);
 }
 
+TEST_CASE("overlap is found behind a small source that lies inside a large one") {
+  const Layout source({{"w", DType::kInt8, {40}}}, {{0, "x", 30}, {1, "x", 10}},
+                      {{"w", {{0}, {30}}, 0, "x", 0, {1}}, {"w", {{30}, {10}}, 1, "x", 0, {1}}});
+  const Layout destination = sharded("w", DType::kInt8, {40}, 0, 1);
+  const Plan plan = make_plan(share(source), share(destination));
+  std::vector<std::byte> memory(80);
+  const MemoryMap from = {{{0, "x"}, {memory.data(), 30, false}},
+                          {{1, "x"}, {memory.data() + 5, 10, false}}};
+  bad({"destination buffer 'w' of rank 0", "source buffer 'x' of rank 0"},
+      [&] { execute(plan, from, {{{0, "w"}, {memory.data() + 20, 40, true}}}); });
+  CHECK_NOTHROW(execute(plan, from, {{{0, "w"}, {memory.data() + 30, 40, true}}}));
+}
+
 TEST_CASE("sources may share memory, and unread sources may be absent") {
   const Layout source({{"w", DType::kInt8, {4}}}, {{0, "x", 4}, {1, "x", 4}, {2, "unread", 9}},
                       {{"w", {{0}, {4}}, 0, "x", 0, {1}}, {"w", {{0}, {4}}, 1, "x", 0, {1}}}, {},

@@ -136,6 +136,14 @@ TEST_CASE("the proof catches a planner that lies") {
     steps[1].source_fragment = 1;
     bad({"'w'", "[3:7, 0:1]", "source rank 1"}, [&] { prove(source, destination, steps); });
   }
+  SUBCASE("the volume is right, but one row is there twice and another not at all") {
+    const Layout whole = sharded("w", DType::kInt8, {8, 2}, 0, 1);
+    for (const std::int64_t begin : {0, 1, 3, 5}) {
+      const std::vector<Step> shifted = {
+          {0, 0, {{begin, 0}, {2, 2}}}, {0, 0, {{begin + 1, 0}, {2, 2}}}, {0, 0, {{0, 0}, {4, 2}}}};
+      bad({"'w'", "rank 0", "more than once"}, [&] { prove(whole, whole, shifted); });
+    }
+  }
   SUBCASE("a step reads what its source does not hold") {
     steps[0].source_fragment = 1 - steps[0].source_fragment;
     bad({"'w'", "source rank 1"}, [&] { prove(source, destination, steps); });

@@ -1,0 +1,137 @@
+"""Layouts traced from vLLM's loader against running that loader on real weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vllm.distributed.parallel_state as parallel_state
+from qwen3_tiny import memory_buffers, memory_layout, random_model, tensor_table, weights
+from vllm.config import VllmConfig
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from kimisys.adapters.vllm.layout import build_model, offline_config, trace_vllm_layout
+from kimisys.errors import LayoutError, TraceError
+from kimisys.reshard import Layout, Tensor, plan
+
+
+@pytest.fixture(scope="module")
+def configs(folders: dict[str, Path]) -> dict[str, VllmConfig]:
+    return {name: offline_config(folder, "float32") for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 0), (2, 1), (4, 1), (4, 2)])
+def test_the_plan_fills_every_parameter_as_vllm_does(
+    folders: dict[str, Path], configs: dict[str, VllmConfig], model: str, size: int, rank: int
+) -> None:
+    given = weights(random_model(folders[model], seed=1))
+    loaded = build_model(configs[model], size, rank, device="cpu")
+    expected = dict(loaded.module.named_parameters())
+    with torch.no_grad():
+        for parameter in expected.values():
+            parameter.fill_(7.0)
+    loaded.load(given)
+
+    layout = trace_vllm_layout(configs[model], tensor_table(given), size, rank)
+    landed = {name: torch.full_like(p, 9.0) for name, p in expected.items()}
+    made = plan(memory_layout(given), layout)
+    made.execute(memory_buffers(given), memory_buffers(landed, rank))
+
+    assert {buffer.name for buffer in layout.buffers} == expected.keys()
+    assert ("lm_head.weight" in expected) == (model == "untied")
+    for name, parameter in expected.items():
+        assert torch.equal(landed[name], parameter), name
+
+
+def test_all_ranks_together_hold_every_tensor(
+    folders: dict[str, Path], configs: dict[str, VllmConfig]
+) -> None:
+    table = tensor_table(weights(random_model(folders["untied"], seed=1)))
+    ranks = [trace_vllm_layout(configs["untied"], table, 4, rank) for rank in range(4)]
+    held: dict[str, int] = {}
+    for fragment in Layout.merge(ranks).cover().fragments:
+        held[fragment.tensor] = held.get(fragment.tensor, 0) + fragment.region.elements
+    assert held == {tensor.name: tensor.elements for tensor in table}
+
+
+def test_tracing_leaves_the_process_as_it_was(
+    folders: dict[str, Path], configs: dict[str, VllmConfig]
+) -> None:
+    groups = {n: v for n, v in vars(parallel_state).items() if n.startswith("_") and n.isupper()}
+    layers = dict(configs["tied"].compilation_config.static_forward_context)
+    ropes, dtype = dict(rotary_embedding._ROPE_DICT), torch.get_default_dtype()
+    table = tensor_table(weights(random_model(folders["tied"], seed=1)))
+    trace_vllm_layout(configs["tied"], table, 2, 1)
+    with pytest.raises(TraceError):
+        trace_vllm_layout(configs["tied"], table[1:], 2, 1)
+    assert {n: getattr(parallel_state, n) for n in groups} == groups
+    assert configs["tied"].compilation_config.static_forward_context == layers
+    assert configs["tied"].parallel_config.tensor_parallel_size == 1
+    assert ropes == rotary_embedding._ROPE_DICT
+    assert torch.get_default_dtype() == dtype
+
+
+def refused(config: VllmConfig, table: Iterable[Tensor], match: str) -> None:
+    with pytest.raises(TraceError, match=match):
+        trace_vllm_layout(config, list(table), 1, 0)
+
+
+def test_checkpoints_that_do_not_fit_are_refused_by_name(
+    folders: dict[str, Path], configs: dict[str, VllmConfig]
+) -> None:
+    table = tensor_table(weights(random_model(folders["untied"], seed=1)))
+    config = configs["untied"]
+    norm = "model.layers.1.self_attn.q_norm.weight"
+    refused(config, (t for t in table if t.name != norm), f"unwritten: '{norm}' .128 of 128 bytes")
+    wrong = (Tensor(t.name, t.dtype, (16,)) if t.name == norm else t for t in table)
+    refused(config, wrong, "vLLM's loader failed")
+    refused(config, [*table, Tensor("model.layers.7.x.weight", "float32", (3,))], "layers.7")
+
+
+def test_what_the_tracer_cannot_follow_is_refused_by_name(
+    folders: dict[str, Path], configs: dict[str, VllmConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tensor_table(weights(random_model(folders["tied"], seed=1)))
+    load: Any = VocabParallelEmbedding.weight_loader
+
+    def scaled(self: Any, param: Any, loaded: torch.Tensor) -> None:
+        load(self, param, loaded * 2)
+
+    def assigned(self: Any, param: Any, loaded: torch.Tensor) -> None:
+        load(self, param, loaded)
+        param.data = param.data.clone()
+
+    def unknown(self: Any, param: Any, loaded: torch.Tensor) -> None:
+        load(self, param, torch.ones_like(loaded))
+
+    name = "'model.embed_tokens.weight'"
+    for loader, match in (
+        (scaled, rf"{name}.*aten\.mul"),
+        (assigned, f"{name} was replaced"),
+        (unknown, name),
+    ):
+        monkeypatch.setattr(VocabParallelEmbedding, "weight_loader", loader)
+        refused(configs["tied"], table, match)
+
+
+def test_a_loader_that_ignores_a_tensor_leaves_it_out(
+    folders: dict[str, Path], configs: dict[str, VllmConfig]
+) -> None:
+    """Tied models are sometimes saved with their output head: vLLM ignores it."""
+    table = tensor_table(weights(random_model(folders["tied"], seed=1)))
+    with_head = [*table, Tensor("lm_head.weight", "float32", (29, 64))]
+    layout = trace_vllm_layout(configs["tied"], with_head, 1, 0)
+    assert layout == trace_vllm_layout(configs["tied"], table, 1, 0)
+
+
+def test_impossible_ranks_and_sizes_are_refused(configs: dict[str, VllmConfig]) -> None:
+    with pytest.raises(LayoutError, match="rank 2 of 2"):
+        build_model(configs["tied"], 2, 2)
+    with pytest.raises(LayoutError, match=f"{Qwen3ForCausalLM.__name__}.*size 8"):
+        build_model(configs["tied"], 8, 0)

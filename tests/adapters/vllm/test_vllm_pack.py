@@ -1,0 +1,115 @@
+"""What vLLM derives from weights after loading: refreshed, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qwen3_tiny import random_model, weights
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+from kimisys.adapters.vllm.layout import RankModel, build_model, offline_config
+from kimisys.adapters.vllm.pack import Packer
+from kimisys.errors import LayoutError
+
+
+def loaded(folder: Path, seed: int, size: int = 1, rank: int = 0) -> RankModel:
+    """As an engine's worker has it: loaded, and processed by vLLM."""
+    model = unprocessed(folder, seed, size, rank)
+    process_weights_after_loading(
+        model.module, model.config.model_config, torch.device("cpu")
+    )  # fmt: skip
+    return model
+
+
+def unprocessed(folder: Path, seed: int, size: int = 1, rank: int = 0) -> RankModel:
+    model = build_model(offline_config(folder, "float32"), size, rank, device="cpu")
+    model.load(weights(random_model(folder, seed)))
+    return model
+
+
+def fresh(model: RankModel) -> torch.nn.Module:
+    return build_model(model.config, model.tensor_parallel, model.rank).module
+
+
+def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What each layer computes from its weights: float32[3, out], or the weights themselves."""
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "cpu_linear"):
+            inputs = getattr(module, "input_size_per_partition", 64)
+            x = torch.linspace(-1, 1, 3 * inputs).reshape(3, inputs)
+            found[name] = module.quant_method.apply(module, x)  # type: ignore[union-attr,operator]
+        elif not list(module.children()):
+            found |= {f"{name}.{n}": p.detach().clone() for n, p in module.named_parameters()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "rank"), [("tied", 1, 0), ("untied", 1, 0), ("untied", 2, 0)]
+)
+def test_a_packed_model_computes_as_if_loaded_anew(
+    folders: dict[str, Path], model: str, size: int, rank: int
+) -> None:
+    running = loaded(folders[model], 1, size, rank)
+    before = outputs(running.module)
+    new = dict(unprocessed(folders[model], 2, size, rank).module.named_parameters())
+    packer = Packer(running.module, fresh(running))
+    assert packer.shapes.keys() == new.keys()
+    packer.pack({name: parameter.detach().clone() for name, parameter in new.items()})
+
+    expected = outputs(loaded(folders[model], 2, size, rank).module)
+    after = outputs(running.module)
+    assert after.keys() == expected.keys() and "lm_head" in after
+    for name, value in expected.items():
+        assert torch.equal(after[name], value), name
+        assert not torch.equal(before[name], value), f"{name} does not depend on the weights"
+
+
+def test_the_shadow_is_not_kept(folders: dict[str, Path]) -> None:
+    """The next pull overwrites the shadow: what is being served must not be a view of it."""
+    running = loaded(folders["tied"], 1)
+    shadow = {n: p.detach() for n, p in unprocessed(folders["tied"], 2).module.named_parameters()}
+    Packer(running.module, fresh(running)).pack(shadow)
+    before = outputs(running.module)
+    for tensor in shadow.values():
+        tensor.fill_(float("nan"))
+    for name, value in outputs(running.module).items():
+        assert torch.equal(value, before[name]), name
+
+
+class Unknown(UnquantizedLinearMethod):
+    """A way to derive weights that kimisys does not know."""
+
+
+def test_what_cannot_be_derived_again_is_refused_by_name(folders: dict[str, Path]) -> None:
+    def refused(change: Any, match: str) -> None:
+        running = loaded(folders["tied"], 1)
+        layer: Any = running.module.get_submodule("model.layers.1")
+        change(layer)
+        with pytest.raises(LayoutError, match=match):
+            Packer(running.module, fresh(running))
+
+    def transposed_kernel(layer: Any) -> None:
+        layer.self_attn.W_UV = torch.zeros(3)
+
+    def other_method(layer: Any) -> None:
+        layer.mlp.down_proj.quant_method.__class__ = Unknown
+
+    def scale(layer: Any) -> None:
+        layer.mlp.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
+
+    def moved(layer: Any) -> None:
+        layer.input_layernorm.weight = torch.nn.Parameter(torch.zeros(0))
+
+    def replaced(layer: Any) -> None:
+        layer.mlp.act_fn = torch.nn.Identity()
+
+    refused(transposed_kernel, r"model\.layers\.1\.self_attn\.W_UV")
+    refused(other_method, r"'model\.layers\.1\.mlp\.down_proj' \(derived by Unknown\)")
+    refused(scale, r"model\.layers\.1\.mlp\.scale")
+    refused(moved, r"'model\.layers\.1\.input_layernorm\.weight'")
+    refused(replaced, r"'model\.layers\.1\.mlp\.act_fn'")

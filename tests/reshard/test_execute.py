@@ -1,0 +1,198 @@
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sample_layouts import (
+    ITEMSIZE,
+    Buffers,
+    allocate,
+    cast_bits,
+    expected,
+    is_nan,
+    pairs,
+    random_bits,
+    sharded,
+)
+
+from kimisys.errors import BufferMismatchError, LayoutError
+from kimisys.reshard import Buffer, Fragment, Layout, Place, Region, Tensor, implementations, plan
+
+NUMBER_CASTS = [("float32", "bfloat16"), ("bfloat16", "float32")]
+
+
+def same(written: Buffers, wanted: Buffers) -> bool:
+    return all(np.array_equal(written[key], wanted[key]) for key in wanted)
+
+
+@settings(max_examples=300)
+@given(pairs(), st.integers(0, 2**32), st.sampled_from(implementations()), st.integers(0, 3))
+def test_every_byte_is_what_the_definition_says(
+    pair: tuple[Layout, Layout], seed: int, implementation: str, threads: int
+) -> None:
+    source, destination = pair
+    values = random_bits(list(source.tensors), seed)
+    wanted = {
+        t.name: cast_bits(values[t.name], s.dtype, t.dtype)
+        for s, t in zip(source.tensors, destination.tensors, strict=True)
+    }
+    made = plan(source, destination)
+    sources, destinations = expected(source, values), allocate(destination, fill=0xEE)
+    made.execute(sources, destinations, threads=threads, implementation=implementation)
+    assert same(destinations, expected(destination, wanted))
+    assert same(sources, expected(source, values))
+    for rank in destination.ranks:
+        part = made.of_rank(rank)
+        destinations = allocate(part.destination, fill=0xEE)
+        part.execute(sources, destinations, threads=threads, implementation=implementation)
+        assert same(destinations, expected(part.destination, wanted))
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("source", "destination"), NUMBER_CASTS)
+def test_casts_agree_with_pytorch_on_every_kind_of_number(
+    source: str, destination: str, transposed: bool, implementation: str
+) -> None:
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    # Each upper half with lower halves around the rounding points: ties, just above, just below.
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    bits = (upper[:, None] | lower) if source == "float32" else (upper >> 16).astype(np.uint16)
+    bits = bits.reshape(256, -1)
+    shape = bits.shape
+    from_strides = (ITEMSIZE[source], 256 * ITEMSIZE[source])
+    dense = (shape[1] * ITEMSIZE[source], ITEMSIZE[source])
+    held = Layout(
+        [Tensor("w", source, shape)],
+        [Buffer(0, "x", bits.nbytes)],
+        [Fragment("w", Region((0, 0), shape), 0, "x", 0, from_strides if transposed else dense)],
+    )
+    stored = np.ascontiguousarray(bits.T if transposed else bits)
+    wanted = cast_bits(bits, source, destination)
+    written = np.zeros_like(wanted)
+    plan(held, sharded("w", destination, shape, 0, 1)).execute(
+        {(0, "x"): stored}, {(0, "w"): written}, implementation=implementation
+    )
+    assert np.array_equal(written, wanted)
+    assert np.array_equal(is_nan(written, destination), is_nan(bits, source))
+
+
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [("uint8", "uint8"), ("bfloat16", "bfloat16"), ("int64", "int64"), *NUMBER_CASTS],
+)
+def test_large_plans_are_split_and_streamed_and_still_right(source: str, destination: str) -> None:
+    shape = (2 * 40 * 2**20 // 4096 // ITEMSIZE[destination], 2048)
+    held = sharded("w", source, shape, 1, 2)
+    wanted = sharded("w", destination, shape, 0, 2)
+    bits = random_bits(list(held.tensors), 7)["w"]
+    sources = {
+        (rank, "w"): np.ascontiguousarray(part) for rank, part in enumerate(np.split(bits, 2, 1))
+    }
+    destinations = allocate(wanted, fill=0xEE)
+    plan(held, wanted).execute(sources, destinations, threads=2)
+    cast = cast_bits(bits, source, destination)
+    for rank, part in enumerate(np.split(cast, 2, 0)):
+        assert np.array_equal(destinations[rank, "w"], part.reshape(-1).view(np.uint8))
+
+
+ROWS = sharded("w", "int8", (8, 8), 0, 2)
+PLAN = plan(ROWS, sharded("w", "int8", (8, 8), 1, 2))
+
+
+def memory() -> tuple[Buffers, Buffers]:
+    sources = allocate(PLAN.source)
+    for rank in (0, 1):
+        sources[rank, "w"][:] = np.arange(32 * rank, 32 * rank + 32)
+    return sources, allocate(PLAN.destination, fill=0xEE)
+
+
+def refused(sources: object, destinations: object, *words: str) -> None:
+    with pytest.raises(BufferMismatchError) as error:
+        PLAN.execute(sources, destinations)  # type: ignore[arg-type]
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_missing_short_and_long_buffers_are_refused_before_anything_is_written(side: str) -> None:
+    for change, word in [(None, "missing"), (31, "31 bytes"), (33, "33 bytes")]:
+        sources, destinations = memory()
+        changed = sources if side == "source" else destinations
+        untouched = destinations[0, "w"]
+        if change is None:
+            del changed[1, "w"]
+        else:
+            changed[1, "w"] = np.zeros(change, np.uint8)
+        refused(sources, destinations, f"{side} buffer 'w' of rank 1", word)
+        assert np.all(untouched == 0xEE)
+
+
+def test_memory_of_the_wrong_kind_is_refused_before_anything_is_written() -> None:
+    sources, destinations = memory()
+    destinations[1, "w"].setflags(write=False)
+    refused(sources, destinations, "'w' of rank 1", "read-only")
+    refused(sources, {**destinations, (1, "w"): bytes(32)}, "'w' of rank 1", "read-only")
+    gaps = np.zeros(64, np.uint8)[::2]
+    refused({**sources, (1, "w"): gaps}, destinations, "source buffer 'w' of rank 1", "ndarray")
+    tensor = torch.zeros(32, dtype=torch.uint8)
+    refused({**sources, (1, "w"): tensor}, destinations, "Tensor", "numpy()")
+    refused({**sources, (1, "w"): None}, destinations, "NoneType")
+    assert np.all(destinations[0, "w"] == 0xEE)
+
+
+def test_memory_that_would_be_read_and_written_is_refused() -> None:
+    sources, destinations = memory()
+    both = np.zeros(48, np.uint8)
+    refused({**sources, (0, "w"): both[:32]}, {**destinations, (1, "w"): both[16:]}, "overlaps")
+    refused(sources, {key: both[:32] for key in destinations}, "overlaps", "rank 0", "rank 1")
+    sources[0, "w"] = both[:32]
+    destinations[1, "w"] = np.zeros(32, np.uint8)
+    PLAN.execute(sources, destinations)
+
+
+def test_any_buffer_will_do_and_other_keys_are_left_alone() -> None:
+    sources, destinations = memory()
+    PLAN.execute(sources, destinations)
+    with mmap.mmap(-1, 32) as mapped:
+        others = {(0, "w"): bytearray(32), (1, "w"): mapped, (7, "other"): None}
+        PLAN.execute({(0, "w"): bytes(range(32)), (1, "w"): memoryview(sources[1, "w"])}, others)  # type: ignore[arg-type]
+        assert bytes(others[0, "w"]) == destinations[0, "w"].tobytes()  # type: ignore[arg-type]
+        assert mapped[:] == destinations[1, "w"].tobytes()
+    shaped = {key: np.zeros((4, 2), np.int32) for key in destinations}
+    PLAN.execute(sources, shaped)
+    assert shaped[0, "w"].tobytes() == destinations[0, "w"].tobytes()
+
+
+def test_a_source_that_is_not_read_may_be_absent() -> None:
+    whole = Region((0,), (4,))
+    both = Layout(
+        [Tensor("w", "int8", (4,))],
+        [Buffer(0, "x", 4), Buffer(1, "x", 4)],
+        [Fragment("w", whole, rank, "x", 0, (1,)) for rank in (0, 1)],
+        (),
+        [Place(0, node=1), Place(1, node=0)],
+    )
+    written = np.zeros(4, np.int8)
+    source = np.arange(4, dtype=np.int8)
+    plan(both, sharded("w", "int8", (4,), 0, 1)).execute({(1, "x"): source}, {(0, "w"): written})
+    assert np.array_equal(written, source)
+
+
+def test_an_implementation_is_forced_by_argument_or_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert implementations() == ["native", "naive"]
+    sources, destinations = memory()
+    monkeypatch.setenv("KIMISYS_RESHARD_IMPLEMENTATION", "naive")
+    PLAN.execute(sources, destinations)
+    monkeypatch.setenv("KIMISYS_RESHARD_IMPLEMENTATION", "fast")
+    with pytest.raises(LayoutError, match=r"'fast'.*use one of native, naive"):
+        PLAN.execute(sources, destinations)
+    PLAN.execute(sources, destinations, implementation="native")
+    with pytest.raises(LayoutError, match="'quick'"):
+        PLAN.execute(sources, destinations, implementation="quick")
+    with pytest.raises(LayoutError, match="threads is -1"):
+        PLAN.execute(sources, destinations, threads=-1)
