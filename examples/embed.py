@@ -1,4 +1,4 @@
-"""Two trainer ranks hold a matrix by rows; an engine rank takes it by columns, and verifies it."""
+"""Two trainer ranks hold a matrix by rows; an engine rank takes it whole, verified by digest."""
 
 import tempfile
 from pathlib import Path
@@ -9,29 +9,26 @@ from kimisys.broadcast import Publisher, Subscriber, connect, snapshot_layout
 from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor
 
 
-def shard(rank: int, offset: list[int], extent: list[int]) -> Layout:
-    """A float32 [4, 6] matrix "w", of which `rank` holds one box, row-major, in a buffer "w"."""
-    nbytes, strides = 4 * extent[0] * extent[1], [4 * extent[1], 4]
-    box = Fragment("w", Region(offset, extent), rank, "w", 0, strides)
-    return Layout([Tensor("w", "float32", [4, 6])], [Buffer(rank, "w", nbytes)], [box])
+def rows(rank: int, first: int, count: int) -> Layout:
+    """Rows of a float32 [4, 6] tensor "w", in a buffer "w" of `rank`, strides in bytes."""
+    held = Fragment("w", Region([first, 0], [count, 6]), rank, "w", 0, [24, 4])
+    return Layout([Tensor("w", "float32", [4, 6])], [Buffer(rank, "w", 24 * count)], [held])
 
 
-trainer = Layout.merge([shard(0, [0, 0], [2, 6]), shard(1, [2, 0], [2, 6])])
-engine = shard(0, [0, 0], [4, 6])
 matrix = np.arange(24, dtype=np.float32).reshape(4, 6)
-live = {(0, "w"): matrix[:2].copy(), (1, "w"): matrix[2:].copy()}
-landed = np.zeros((4, 6), np.float32)
+trainer, engine = Layout.merge([rows(0, 0, 2), rows(1, 2, 2)]), rows(0, 0, 4)
+live = {(0, "w"): matrix[:2], (1, "w"): matrix[2:]}
+landed = np.zeros_like(matrix)
 
-with tempfile.TemporaryDirectory() as folder:
-    snapshots = snapshot_layout(trainer, None)
-    addresses = [Path(folder) / f"rank{rank}" for rank in trainer.ranks]
-    publishers = [Publisher(trainer, snapshots, r, a) for r, a in enumerate(addresses)]
+with tempfile.TemporaryDirectory() as folder:  # on each trainer rank:
+    sockets = [Path(folder) / "rank0", Path(folder) / "rank1"]
+    snapshots = snapshot_layout(trainer, "float32")
+    publishers = [Publisher(trainer, snapshots, rank, sockets[rank]) for rank in (0, 1)]
     for publisher in publishers:
-        publisher.publish(version=1, buffers=live)
-    with connect(addresses) as peers:
-        pulled = Subscriber(peers, engine, rank=0).pull(1, {(0, "w"): landed})
+        publisher.publish(1, live)
+    with connect(sockets) as peers:  # on the engine's side:
+        print(Subscriber(peers, engine, rank=0).pull(1, {(0, "w"): landed}))
     for publisher in publishers:
         publisher.close()
 
 assert (landed == matrix).all()
-print(pulled)

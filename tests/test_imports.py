@@ -21,7 +21,9 @@ ALLOWED = {
     "kimisys.broadcast": {"numpy", "kimisys._core", "kimisys.errors", "kimisys.reshard"},
     "kimisys.rl": {"torch", "kimisys.errors"},
     "kimisys.rewards": {"kimisys.errors"},
-    "kimisys.adapters.megatron": {"numpy", "torch", "megatron", "kimisys.errors", "kimisys.reshard"},
+    "kimisys.adapters.megatron": {
+        "numpy", "torch", "megatron", "kimisys.errors", "kimisys.reshard",
+    },
     "kimisys.adapters.vllm": {
         "numpy", "torch", "vllm", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast",
     },

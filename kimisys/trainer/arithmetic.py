@@ -33,7 +33,7 @@ class ArithmeticConfig:
 
     digits: int = 3
     """Digits of each summand; the first is not zero."""
-    forgotten_carries: float = 0.65
+    forgotten_carries: float = 0.7
     """The probability that a demonstration forgets a carry; at 0 all demonstrations are right."""
 
     def __post_init__(self) -> None:

@@ -57,19 +57,23 @@ def test_several_files_are_one_layout(tmp_path: Path) -> None:
     save_file({"b": torch.zeros(4)}, tmp_path / "two.safetensors")
     assert [t.name for t in open_checkpoint(tmp_path).layout.tensors] == ["a", "b"]
     save_file({"a": torch.ones(2, 3)}, tmp_path / "two.safetensors")
-    with pytest.raises(CheckpointError, match="'a' is in one.safetensors and in two.safetensors"):
+    with pytest.raises(CheckpointError, match=r"'a' is in one.* and in two"):
         open_checkpoint(tmp_path)
 
 
 def test_an_error_while_saving_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="lost"):
-        with create_checkpoint(tmp_path / "model", [Tensor("a", "float32", (2,))]):
-            raise RuntimeError("lost")
+    with (
+        pytest.raises(RuntimeError, match="lost"),
+        create_checkpoint(tmp_path / "model", [Tensor("a", "float32", (2,))]),
+    ):
+        raise RuntimeError("lost")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "model").mkdir()
-    with pytest.raises(CheckpointError, match="exists"):
-        with create_checkpoint(tmp_path / "model", []):
-            pass
+    with (
+        pytest.raises(CheckpointError, match="exists"),
+        create_checkpoint(tmp_path / "model", []),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -1])
@@ -79,7 +83,7 @@ def test_a_truncated_file_is_refused(
     file = tmp_path / "model.safetensors"
     save_file(weights, file)
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="truncated|JSON"):
+    with pytest.raises(CheckpointError, match=r"truncated|JSON"):
         open_checkpoint(tmp_path)
 
 
@@ -143,5 +147,5 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_a_byte_moves(
 
 
 def test_no_folder_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no \\*.safetensors file"):
+    with pytest.raises(CheckpointError, match="holds no"):
         open_checkpoint(tmp_path)

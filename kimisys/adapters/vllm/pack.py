@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.v1.attention.backend import AttentionImplBase
 
 from kimisys.errors import LayoutError
 
@@ -51,41 +53,62 @@ class Packer:
 
     def __init__(self, running: torch.nn.Module, fresh: torch.nn.Module) -> None:
         self.shapes = {n: p.detach() for n, p in fresh.named_parameters()}
-        first_names = {id(p): n for n, p in fresh.named_parameters()}
-        modules = dict(running.named_modules())
-        refused: list[str] = []
+        self._names = {id(p): n for n, p in fresh.named_parameters()}
         self._in_place: dict[str, torch.Tensor] = {}
         self._refills: list[_Refill] = []
         self._derive: list[Callable[[], None]] = []
+        modules = dict(running.named_modules())
+        refused: list[str] = []
         for prefix, before in fresh.named_modules():
             now = modules.pop(prefix, None)
             if now is None or type(now) is not type(before):
                 refused.append(f"module {prefix!r} (was {type(before).__name__})")
                 continue
-            method = getattr(now, "quant_method", None)
-            known = isinstance(method, QuantizeMethodBase) and type(method) in _DERIVED
-            if isinstance(method, QuantizeMethodBase):
-                if known:
-                    self._derive.append(_derivation(method, now))
-                else:
-                    refused.append(f"{prefix!r} (derived by {type(method).__name__})")
+            refused += self._hooks(prefix, now)
             refused += [f"{prefix}.{name}" for name in _new_state(before, now)]
-            for attribute, parameter in before.named_parameters(recurse=False):
-                name = first_names[id(parameter)]
-                current = now._parameters.get(attribute)
-                if current is not None and _same_place(parameter, current):
-                    self._in_place[name] = current.detach()
-                elif current is not None and current.numel() == 0 and known:
-                    self._refills.append(_Refill(now, attribute, name))
-                else:
-                    refused.append(f"parameter '{prefix}.{attribute}'")
+            refused += self._parameters(prefix, before, now)
         refused += [f"module {prefix!r}" for prefix in modules]
+        refused += _shared(self._in_place)
         if refused:
             raise LayoutError(
                 f"vLLM derived state from weights that kimisys cannot derive again: {refused[:8]}; "
                 "an update would leave it stale. Use an unquantized model of a supported family, "
                 "or extend kimisys/adapters/vllm/pack.py"
             )
+
+    def _hooks(self, prefix: str, module: torch.nn.Module) -> list[str]:
+        """Notes what vLLM does to a module after loading; returns what is not known."""
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase):
+            if type(method) not in _DERIVED:
+                return [f"{prefix!r} (derived by {type(method).__name__})"]
+            self._derive.append(lambda: method.process_weights_after_loading(module))
+        hook = getattr(type(module), "process_weights_after_loading", None)
+        if hook is None:
+            return []
+        # Attention without quantization sets its scales to one and leaves the rest to its kernel.
+        kernel = getattr(type(getattr(module, "impl", None)), "process_weights_after_loading", None)
+        idle = hook is Attention.process_weights_after_loading
+        if idle and kernel is AttentionImplBase.process_weights_after_loading:
+            return []
+        return [f"{prefix!r} (derived by {type(module).__name__})"]
+
+    def _parameters(self, prefix: str, before: torch.nn.Module, now: torch.nn.Module) -> list[str]:
+        """Notes how to write a module's own parameters; returns those that it cannot write."""
+        refused = []
+        for attribute, parameter in before.named_parameters(recurse=False):
+            name = self._names[id(parameter)]
+            current = now._parameters.get(attribute)
+            packed = current is not None and current.numel() == 0 and parameter.numel() > 0
+            if current is not None and _same_place(parameter, current):
+                other = self._in_place.setdefault(name, current.detach())
+                if other.data_ptr() != current.data_ptr():
+                    refused.append(f"parameter '{prefix}.{attribute}' (was tied to {name!r})")
+            elif packed and type(getattr(now, "quant_method", None)) in _DERIVED:
+                self._refills.append(_Refill(now, attribute, name))
+            else:
+                refused.append(f"parameter '{prefix}.{attribute}'")
+        return refused
 
     @torch.no_grad()
     def pack(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -110,25 +133,33 @@ class Packer:
                 )
 
 
-def _derivation(method: QuantizeMethodBase, module: torch.nn.Module) -> Callable[[], None]:
-    return lambda: method.process_weights_after_loading(module)
-
-
 def _same_place(before: torch.Tensor, now: torch.Tensor) -> bool:
     return now.shape == before.shape and now.dtype == before.dtype and now.is_contiguous()
 
 
+def _shared(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Parameters that came to share memory with another: of two writes, one would be lost."""
+    owners: dict[int, str] = {}
+    return [
+        f"parameter {name!r} (now tied to {owner!r})"
+        for name, tensor in tensors.items()
+        if (owner := owners.setdefault(tensor.data_ptr(), name)) != name
+    ]
+
+
 def _new_state(before: torch.nn.Module, now: torch.nn.Module) -> list[str]:
     """Attributes, parameters and buffers of one module that were not there before loading, or are
-    tensors of another shape or dtype, less those that are known."""
+    tensors and were none, or had another shape or dtype; less those that are known."""
     method = getattr(now, "quant_method", None)
     known = _DERIVED.get(type(method), frozenset()) if method is not None else frozenset()
-    found = [name for name in vars(now).keys() - vars(before).keys() if name not in known]
-    found += list(now._parameters.keys() - before._parameters.keys())
-    tensors = {n: v for n, v in vars(before).items() if isinstance(v, torch.Tensor)}
-    for name, value in [*before._buffers.items(), *tensors.items()]:
-        current = now._buffers.get(name, vars(now).get(name))
-        if value is not None and (current is None or not _same_place(value, current)):
+    old, new = vars(before) | before._buffers, vars(now) | now._buffers
+    found = [name for name in new.keys() - old.keys() if name not in known]
+    found += [name for name in now._parameters.keys() - before._parameters.keys()]
+    for name, value in old.items():
+        current = new.get(name)
+        if isinstance(value, torch.Tensor):
+            if not isinstance(current, torch.Tensor) or not _same_place(value, current):
+                found.append(name)
+        elif isinstance(current, torch.Tensor):
             found.append(name)
-    found += list(now._buffers.keys() - before._buffers.keys())
     return found

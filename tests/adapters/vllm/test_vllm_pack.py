@@ -85,13 +85,38 @@ class Unknown(UnquantizedLinearMethod):
     """A way to derive weights that kimisys does not know."""
 
 
+class Absorbing:
+    """An attention kernel with weights of its own."""
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        raise NotImplementedError
+
+
+def test_embeddings_tied_or_untied_while_loading_are_refused(folders: dict[str, Path]) -> None:
+    """vLLM does both, by what it finds in a checkpoint; dummy weights, all alike, it ties."""
+    tied, untied = (loaded(folders[name], 1) for name in ("tied", "untied"))
+    with pytest.raises(LayoutError, match=r"'lm_head\.weight' \(was tied to"):
+        Packer(untied.module, fresh(tied))
+    untied.module.lm_head.weight = untied.module.model.embed_tokens.weight  # type: ignore[union-attr]
+    with pytest.raises(LayoutError, match=r"'lm_head\.weight' \(now tied to"):
+        Packer(untied.module, fresh(untied))
+
+
 def test_what_cannot_be_derived_again_is_refused_by_name(folders: dict[str, Path]) -> None:
     def refused(change: Any, match: str) -> None:
         running = loaded(folders["tied"], 1)
+        expected = fresh(running)
         layer: Any = running.module.get_submodule("model.layers.1")
         change(layer)
         with pytest.raises(LayoutError, match=match):
-            Packer(running.module, fresh(running))
+            Packer(running.module, expected)
+
+    def kernel(layer: Any) -> None:
+        layer.self_attn.attn.impl = Absorbing()
+
+    def filled(layer: Any) -> None:
+        layer.mlp.down_proj.bias = None  # as it was
+        layer.mlp.down_proj.__dict__["quant_config"] = torch.zeros(1)
 
     def transposed_kernel(layer: Any) -> None:
         layer.self_attn.W_UV = torch.zeros(3)
@@ -108,6 +133,8 @@ def test_what_cannot_be_derived_again_is_refused_by_name(folders: dict[str, Path
     def replaced(layer: Any) -> None:
         layer.mlp.act_fn = torch.nn.Identity()
 
+    refused(kernel, r"'model\.layers\.1\.self_attn\.attn' \(derived by Attention\)")
+    refused(filled, r"model\.layers\.1\.mlp\.down_proj\.quant_config")
     refused(transposed_kernel, r"model\.layers\.1\.self_attn\.W_UV")
     refused(other_method, r"'model\.layers\.1\.mlp\.down_proj' \(derived by Unknown\)")
     refused(scale, r"model\.layers\.1\.mlp\.scale")

@@ -24,8 +24,8 @@ import kimisys.errors
 from kimisys.adapters.vllm.engine import Engine, EngineConfig, EngineError
 from kimisys.adapters.vllm.environment import environment
 
-START_SECONDS = 180.0
-ANSWER_SECONDS = 60.0
+START_SECONDS = 300.0
+ANSWER_SECONDS = 120.0
 
 
 class EngineProcess:
@@ -43,7 +43,12 @@ class EngineProcess:
         self._lines: deque[str] = deque()
         self._partial = b""
         self._calls = 0
-        self.pid = int(self._wait(0, START_SECONDS))
+        try:
+            self.pid = int(self._wait(0, START_SECONDS))
+        except BaseException:
+            self._child.kill()
+            self._child.wait()
+            raise
 
     def begin(self, method: str, *arguments: Any, **options: Any) -> int:
         self._calls += 1

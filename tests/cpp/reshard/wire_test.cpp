@@ -58,6 +58,7 @@ TEST_CASE("malformed text is a LayoutError that names the place") {
   bad(with("[[0,[0],[4],0", "[[0,[0],[5],0"), {"leaves the tensor"});
   bad(with("\"x\",20", "\"x\",12"), {"leaves buffer"});
   bad(with("[[0,16,4]]", "[[0,16]]"), {"padding[0]"});
+  bad(with("[[0,16,4]]", "[[0,16,4,4]]"), {"padding[0]", "4 entries"});
   bad(with("[[0,16,4]]", "[[0,16,5]]"), {"padding"});
   bad(with("[[0,0,0,0]]", "[[0,0,0,0],[0,0,0,0]]"), {"places"});
 }
