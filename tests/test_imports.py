@@ -30,7 +30,7 @@ ALLOWED = {
     "kimisys.adapters.ray": {"ray", "kimisys.errors"},
     "kimisys.adapters": set(),
     "kimisys.trainer": {
-        "numpy", "torch", "ray", "rich", "tyro", "matplotlib", "kimisys.errors", "kimisys.reshard",
+        "numpy", "torch", "rich", "tyro", "matplotlib", "kimisys.errors", "kimisys.reshard",
         "kimisys.broadcast", "kimisys.rl", "kimisys.rewards", "kimisys.adapters",
     },
 }  # fmt: skip

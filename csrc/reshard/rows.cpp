@@ -8,14 +8,6 @@
 #include <emmintrin.h>
 #endif
 
-// Casts are compiled once for each level of vector instructions and picked when the library loads.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define KIMISYS_EACH_VECTOR_LEVEL \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define KIMISYS_EACH_VECTOR_LEVEL
-#endif
-
 namespace kimisys::reshard {
 namespace {
 
@@ -47,17 +39,34 @@ inline __attribute__((always_inline)) void cast(std::int64_t n, const std::byte*
   }
 }
 
-KIMISYS_EACH_VECTOR_LEVEL
-void narrow_dense(std::int64_t n, const std::byte* __restrict source, std::int64_t,
-                  std::byte* __restrict destination, std::int64_t) {
-  cast<std::uint32_t, std::uint16_t, bfloat16_bits>(n, source, 4, destination, 2);
-}
+// The two dense casts for one set of instructions; GCC vectorises them with what `target` allows.
+#define KIMISYS_DENSE_CASTS(Name, target)                                                       \
+  struct Name {                                                                                 \
+    target static void narrow(std::int64_t n, const std::byte* __restrict source, std::int64_t, \
+                              std::byte* __restrict destination, std::int64_t) {                \
+      cast<std::uint32_t, std::uint16_t, bfloat16_bits>(n, source, 4, destination, 2);          \
+    }                                                                                           \
+    target static void widen(std::int64_t n, const std::byte* __restrict source, std::int64_t,  \
+                             std::byte* __restrict destination, std::int64_t) {                 \
+      cast<std::uint16_t, std::uint32_t, float32_bits>(n, source, 2, destination, 4);           \
+    }                                                                                           \
+  }
 
-KIMISYS_EACH_VECTOR_LEVEL
-void widen_dense(std::int64_t n, const std::byte* __restrict source, std::int64_t,
-                 std::byte* __restrict destination, std::int64_t) {
-  cast<std::uint16_t, std::uint32_t, float32_bits>(n, source, 2, destination, 4);
+KIMISYS_DENSE_CASTS(Portable, );
+#if defined(__x86_64__)
+KIMISYS_DENSE_CASTS(Avx2, __attribute__((target("arch=x86-64-v3"))));
+KIMISYS_DENSE_CASTS(Avx512, __attribute__((target("arch=x86-64-v4"))));
+
+Row best_dense_cast(Row portable, Row avx2, Row avx512) {
+  if (__builtin_cpu_supports("x86-64-v4")) return avx512;
+  return __builtin_cpu_supports("x86-64-v3") ? avx2 : portable;
 }
+const Row kNarrow = best_dense_cast(Portable::narrow, Avx2::narrow, Avx512::narrow);
+const Row kWiden = best_dense_cast(Portable::widen, Avx2::widen, Avx512::widen);
+#else
+const Row kNarrow = Portable::narrow;
+const Row kWiden = Portable::widen;
+#endif
 
 #if defined(__SSE2__)
 // A plain store first reads the line it writes into; a streaming store does not, which saves a
@@ -94,7 +103,7 @@ void copy_streaming(std::int64_t n, const std::byte* source, std::int64_t, std::
 }
 
 // Casts into a piece of the first-level cache and streams from there.
-template <Row kCast, std::int64_t kFrom, std::int64_t kTo>
+template <const Row& kCast, std::int64_t kFrom, std::int64_t kTo>
 void cast_streaming(std::int64_t n, const std::byte* source, std::int64_t, std::byte* destination,
                     std::int64_t) {
   constexpr std::int64_t kPiece = 1024;
@@ -114,12 +123,12 @@ Row copy_row(RowKind kind) {
 
 Row narrow_row(RowKind kind) {
   if (kind == RowKind::kStrided) return cast<std::uint32_t, std::uint16_t, bfloat16_bits>;
-  return kind == RowKind::kDense ? narrow_dense : cast_streaming<narrow_dense, 4, 2>;
+  return kind == RowKind::kDense ? kNarrow : cast_streaming<kNarrow, 4, 2>;
 }
 
 Row widen_row(RowKind kind) {
   if (kind == RowKind::kStrided) return cast<std::uint16_t, std::uint32_t, float32_bits>;
-  return kind == RowKind::kDense ? widen_dense : cast_streaming<widen_dense, 2, 4>;
+  return kind == RowKind::kDense ? kWiden : cast_streaming<kWiden, 2, 4>;
 }
 
 }  // namespace

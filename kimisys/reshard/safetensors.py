@@ -17,11 +17,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from kimisys.errors import CheckpointError, LayoutError
+from kimisys.errors import CheckpointError, KimisysError, LayoutError
 from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor
 
 _DTYPES = {
@@ -35,7 +36,7 @@ _DTYPES = {
     "I64": ("int64", 8),
 }
 _CODES = {name: code for code, (name, _) in _DTYPES.items()}
-_SIZES = dict(_DTYPES.values())
+_SIZES: dict[str, int] = dict(_DTYPES.values())
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
 
@@ -77,6 +78,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
             tensors[name], origin[name] = tensor, file.name
             fragments.append(_whole(tensor, file.name, start))
     _check_index(folder, origin)
+    _check_disjoint(folder, described, tensors, fragments)
     try:
         layout = Layout(list(tensors.values()), described, fragments)
     except LayoutError as error:
@@ -97,15 +99,19 @@ def create_checkpoint(
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} exists; choose another name or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error}; choose another place") from error
     try:
         name = "model.safetensors"
         header, starts, nbytes = _plan_file(tensors)
         with open(partial / name, "w+b") as stream:
             stream.write(header)
-            stream.truncate(len(header) + nbytes)
             stream.flush()
+            # the blocks are taken now: a disk that fills up later would be a SIGBUS, not an error
+            os.posix_fallocate(stream.fileno(), 0, len(header) + nbytes)
             mapped = mmap.mmap(stream.fileno(), 0)
             data = memoryview(mapped)[len(header) :]
             fragments = [_whole(t, name, starts[t.name]) for t in tensors]
@@ -117,6 +123,9 @@ def create_checkpoint(
             (partial / other).write_text(text)
         os.chmod(partial, 0o755)
         os.rename(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -133,7 +142,7 @@ def _read(file: Path) -> tuple[dict[str, Any], memoryview]:
             )
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{file}: the header is not JSON ({error}); copy it again"
             ) from error
@@ -149,9 +158,11 @@ def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int
     section."""
     try:
         dtype, size = _DTYPES[entry["dtype"]]
-        shape = tuple(int(extent) for extent in entry["shape"])
-        start, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+        shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+        tensor = Tensor(name, dtype, shape)
+        if any(type(number) is not int for number in (*shape, start, end)):
+            raise TypeError("shape and data_offsets must be integers")
+    except (KeyError, TypeError, ValueError, OverflowError, KimisysError) as error:
         raise CheckpointError(
             f"{file}: the entry of {name!r} is malformed or of an unknown dtype: {entry}"
         ) from error
@@ -165,7 +176,7 @@ def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int
             f"{file} is truncated: {name!r} ends at byte {end} of the data, the file has {nbytes}; "
             "copy it again"
         )
-    return Tensor(name, dtype, shape), start
+    return tensor, start
 
 
 def _whole(tensor: Tensor, file: str, start: int) -> Fragment:
@@ -191,6 +202,25 @@ def _plan_file(tensors: Sequence[Tensor]) -> tuple[bytes, dict[str, int], int]:
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     return len(text).to_bytes(8, "little") + text, starts, end
+
+
+def _check_disjoint(
+    folder: Path,
+    files: Sequence[Buffer],
+    tensors: Mapping[str, Tensor],
+    fragments: Sequence[Fragment],
+) -> None:
+    """Raise CheckpointError for two tensors that share bytes of a file."""
+    for file in files:
+        held = [f for f in fragments if f.buffer == file.name and tensors[f.tensor].nbytes]
+        held.sort(key=lambda f: f.byte_offset)
+        for one, other in pairwise(held):
+            tensor = tensors[one.tensor]
+            if one.byte_offset + tensor.nbytes > other.byte_offset:
+                raise CheckpointError(
+                    f"{folder / file.name}: {one.tensor!r} and {other.tensor!r} share bytes from "
+                    f"{other.byte_offset} of the data on; the header is damaged, copy it again"
+                )
 
 
 def _check_index(folder: Path, origin: Mapping[str, str]) -> None:

@@ -13,9 +13,10 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from kimisys.errors import KimisysError
-from kimisys.trainer.config import TrainConfig
+from kimisys.trainer.config import ConfigError, TrainConfig
 
 
 def main() -> None:
@@ -30,30 +31,40 @@ def main() -> None:
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     """Run the reference recipe: a short SFT, then RL, of a small Qwen3 on arithmetic."""
-    console = Console(stderr=False)
+    started = time.monotonic()
+    console = Console()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         config.check()
-        out = config.out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(_record(config), indent=2) + "\n")
-        _run(config, out, console)
+        out = _make_folder(config)
+        console.print(f"writing to {out}", highlight=False, soft_wrap=True)
+        _run(config, out, console, started)
     except KimisysError as error:
-        console.print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        name = type(error).__name__
+        console.print(Text(name, "bold red"), Text(f": {error}"), sep="", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted: every process of the run has ended", highlight=False)
         sys.exit(130)
 
 
-def _run(config: TrainConfig, out: Path, console: Console) -> None:
+def _make_folder(config: TrainConfig) -> Path:
+    out = config.out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(_record(config), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error}") from error
+    return out
+
+
+def _run(config: TrainConfig, out: Path, console: Console, started: float) -> None:
     # after the configuration is known to be good: these imports take seconds
     from kimisys.trainer.display import Display, print_summary
     from kimisys.trainer.master import Master
 
-    console.print(f"writing to {out}", highlight=False)
     with Display(console, config.steps) as display:
-        summary = Master(config, out, display).run()
+        summary = Master(config, out, display, started).run()
     print_summary(console, summary)
     if summary.logprob_gap_exceeded_at is not None:
         console.print(
@@ -63,7 +74,9 @@ def _run(config: TrainConfig, out: Path, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"curve: {out / 'curve.png'}   weights: {out / 'model'}", highlight=False)
+    console.print(
+        f"curve: {out / 'curve.png'}   weights: {out / 'model'}", highlight=False, soft_wrap=True
+    )
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

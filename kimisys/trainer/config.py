@@ -12,6 +12,8 @@ from kimisys.errors import KimisysError
 
 Dtype = Literal["float32", "bfloat16"]
 
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # vLLM 0.32, CPU attention
+
 # per generated token: what rounding alone may make of trainer against engine
 LOGPROB_GAP_BOUNDS: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.03}
 
@@ -126,62 +128,66 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ConfigError for what cannot run, before anything starts."""
-        model = self.model
-        positive = {
-            "--steps": self.steps,
-            "--prompts": self.prompts,
-            "--samples": self.samples,
-            "--minibatches": self.minibatches,
-            "--held-out": self.held_out,
-            "--tensor-parallel": self.tensor_parallel,
-            "--model.hidden-size": model.hidden_size,
-            "--model.layers": model.layers,
-            "--model.heads": model.heads,
-            "--model.kv-heads": model.kv_heads,
-            "--model.head-dim": model.head_dim,
-            "--model.ffn-size": model.ffn_size,
-            "--sft.batch-size": self.sft.batch_size,
-        }
-        for option, value in positive.items():
-            if value < 1:
-                raise ConfigError(f"{option} is {value}; it must be at least 1")
-        for option, rate in {
-            "--learning-rate": self.learning_rate,
-            "--sft.learning-rate": self.sft.learning_rate,
-            "--tau": self.tau,
-            "--sft.steps": self.sft.steps,
-        }.items():
-            if not 0 <= rate < float("inf"):
-                raise ConfigError(f"{option} is {rate}; it must be finite and not negative")
-        if self.clip_gradient <= 0 or self.ready_timeout <= 0:
-            raise ConfigError("--clip-gradient and --ready-timeout must be positive")
-        if self.samples < 2:
-            raise ConfigError(
-                "--samples is 1; the baseline is a group's mean, so it takes at least 2"
-            )
+        self._check_ranges()
+        self._check_layout()
         if self.prompts % self.minibatches:
             raise ConfigError(
                 f"--prompts {self.prompts} does not divide into --minibatches {self.minibatches} "
                 "of whole groups"
             )
+        if self.out is not None and self.out.exists():
+            if not self.out.is_dir():
+                raise ConfigError(f"--out {self.out} is a file; name a folder")
+            if any(self.out.iterdir()):
+                raise ConfigError(f"--out {self.out} is not empty; choose another or empty it")
+
+    def _check_ranges(self) -> None:
+        """(option, value, the least and the largest that make sense)"""
+        model, sft, many = self.model, self.sft, 1 << 20
+        for option, value, low, high in (
+            ("--seed", self.seed, 0, 2**31 - 1),
+            ("--steps", self.steps, 1, many),
+            ("--prompts", self.prompts, 1, many),
+            ("--samples", self.samples, 2, 1024),  # the baseline is the mean of a group
+            ("--minibatches", self.minibatches, 1, many),
+            ("--held-out", self.held_out, 1, 10_000),
+            ("--tensor-parallel", self.tensor_parallel, 1, 64),
+            ("--learning-rate", self.learning_rate, 0.0, 1.0),
+            ("--tau", self.tau, 0.0, 1e6),
+            ("--clip-gradient", self.clip_gradient, 1e-9, 1e9),
+            ("--ready-timeout", self.ready_timeout, 1.0, 86_400.0),
+            ("--model.hidden-size", model.hidden_size, 1, many),
+            ("--model.layers", model.layers, 1, 1024),
+            ("--model.heads", model.heads, 1, 1024),
+            ("--model.kv-heads", model.kv_heads, 1, 1024),
+            ("--model.ffn-size", model.ffn_size, 1, many),
+            ("--model.rope-theta", model.rope_theta, 1.0, 1e12),
+            ("--sft.steps", sft.steps, 0, many),
+            ("--sft.batch-size", sft.batch_size, 1, many),
+            ("--sft.learning-rate", sft.learning_rate, 0.0, 1.0),
+            ("--sft.warmup-steps", sft.warmup_steps, 0, many),
+        ):
+            if not low <= value <= high:  # NaN too
+                raise ConfigError(f"{option} is {value}; it must lie in {low} to {high}")
+
+    def _check_layout(self) -> None:
+        model = self.model
         if model.heads % model.kv_heads:
             raise ConfigError(
                 f"--model.heads {model.heads} is not a multiple of --model.kv-heads "
                 f"{model.kv_heads}"
             )
-        for option, value in {
-            "--model.heads": model.heads,
-            "--model.kv-heads": model.kv_heads,
-            "--model.ffn-size": model.ffn_size,
-        }.items():
+        if model.head_dim not in HEAD_DIMS:
+            raise ConfigError(
+                f"--model.head-dim is {model.head_dim}; vLLM's attention on the CPU has {HEAD_DIMS}"
+            )
+        for option, value in (
+            ("--model.heads", model.heads),
+            ("--model.kv-heads", model.kv_heads),
+            ("--model.ffn-size", model.ffn_size),
+        ):
             if value % self.tensor_parallel:
                 raise ConfigError(
                     f"--tensor-parallel {self.tensor_parallel} does not divide {option} {value}; "
                     "Megatron gives each rank whole heads"
                 )
-        if model.head_dim % 2:
-            raise ConfigError(
-                f"--model.head-dim {model.head_dim} is odd; rotary embedding pairs its elements"
-            )
-        if self.out is not None and self.out.exists() and any(self.out.iterdir()):
-            raise ConfigError(f"--out {self.out} is not empty; choose another folder or empty it")

@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from kimisys.trainer.metrics import StepMetrics, Summary
 
@@ -51,7 +52,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(Text(text), soft_wrap=True)
 
     def step(self, metrics: StepMetrics) -> None:
         """Add the row of one finished step."""
@@ -92,12 +93,12 @@ def print_summary(console: Console, summary: Summary) -> None:
         "pass rate (greedy, held out)": (summary.greedy_before, summary.greedy_after),
     }
     for name, (before, after) in rows.items():
-        table.add_row(name, f"{before:.3f} → {after:.3f}")
+        table.add_row(name, " → ".join(f"{r:.3f}" for r in (before, after) if r is not None))
     table.add_row(
         "weight syncs",
         f"{summary.syncs}, median {summary.sync_seconds_median * 1e3:.0f} ms, "
         f"{summary.sync_bytes_total / 1e6:.1f} MB in all, "
-        f"{summary.digest_mismatches} of {summary.digest_checks} digests differ",
+        f"{summary.digest_checks} digests compared, {summary.digest_mismatches} versions refused",
     )
     table.add_row(
         "trainer against engine",
@@ -106,4 +107,4 @@ def print_summary(console: Console, summary: Summary) -> None:
     )
     table.add_row("rollouts", f"{summary.rollout_tokens_per_second:,.0f} tokens/s")
     table.add_row("wall time", f"{summary.wall_seconds:.0f} s for {summary.steps} steps")
-    console.print(table)
+    console.print(table, soft_wrap=True)

@@ -45,10 +45,9 @@ class EngineActor:
             prompts, samples, max_tokens, temperature, stop_token_ids, seed, version
         )
 
-    async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The engine's log-softmax after each token but the last: float32[tokens - 1,
-        vocabulary]."""
-        return await self._started().probe(token_ids)
+    async def probe(self, token_ids: Sequence[int], version: int) -> np.ndarray:
+        """Log-softmax after each token but the last: float32[tokens - 1, vocabulary]."""
+        return await self._started().probe(token_ids, version)
 
     async def close(self) -> None:
         """End the engine and its worker processes."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ray
-
-from kimisys.adapters.ray import ActorLostError, wait
+from kimisys.adapters.ray import kill, share, spawn, wait
 from kimisys.adapters.vllm.engine import EngineConfig
 from kimisys.adapters.vllm.environment import environment
 from kimisys.broadcast import Subscriber, connect
@@ -25,13 +25,15 @@ from kimisys.trainer.megatron_rank import MegatronRank
 
 _CLOSE_SECONDS = 20.0
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Sync:
-    """One publication that the engine serves. Bytes are those that the engine pulled."""
+    """One publication that the engine serves: the bytes that it pulled, the tensors whose digests
+    were compared."""
 
     version: int
-    seconds: float
     nbytes: int
     digests: int
 
@@ -69,21 +71,17 @@ class Fleet:
             max_length=int(self._hf_config["max_position_embeddings"]),
             seed=self._config.seed,
         )
-        remote = ray.remote(EngineActor).options(
-            num_cpus=0, max_concurrency=8, runtime_env={"env_vars": environment()}
-        )
-        self._engine = remote.remote(config)
+        self._engine = spawn(EngineActor, environment(), config, concurrent_calls=8)
         self._starting = self._engine.start.remote()
 
     def start_ranks(self) -> None:
         """Start the Megatron ranks and load the model folder into them through a plan."""
         world, port = self._config.tensor_parallel, _free_port()
-        remote = ray.remote(MegatronRank).options(
-            num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
-        )
         self._ranks = [
-            remote.remote(
-                rank, world, port, dict(self._hf_config), self._config.seed, self._timeout
+            spawn(
+                MegatronRank,
+                {"OMP_NUM_THREADS": "1"},
+                *(rank, world, port, dict(self._hf_config), self._config.seed, self._timeout),
             )
             for rank in range(world)
         ]
@@ -103,7 +101,7 @@ class Fleet:
 
     def on_ranks(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every rank; their results in rank order."""
-        shared = [ray.put(a) if hasattr(a, "tokens") else a for a in args]
+        shared = [share(argument) for argument in args]
         calls = {
             f"Megatron rank {r}": getattr(actor, method).remote(*shared)
             for r, actor in enumerate(self._ranks)
@@ -121,12 +119,13 @@ class Fleet:
     def update_engine(self, version: int) -> Sync:
         """Let the engine pull, verify and commit the published `version`."""
         report: dict[str, Any] = self.on_engine("update", version)
-        return Sync(version, report["seconds"], report["nbytes"], report["digests"])
+        return Sync(version, report["nbytes"], report["digests"])
 
     def save(self, folder: Path, version: int) -> None:
         """Write the published `version` as a checkpoint folder: pulled like an engine's, verified
         by digest."""
-        files = {"config.json": json.dumps(dict(self._hf_config), indent=2) + "\n"}
+        hf_config = {**self._hf_config, "torch_dtype": self._config.wire_dtype}
+        files = {"config.json": json.dumps(hf_config, indent=2) + "\n"}
         with (
             connect(self._addresses, timeout_seconds=self._timeout) as peers,
             create_checkpoint(folder, peers.layout.tensors, files) as checkpoint,
@@ -134,21 +133,21 @@ class Fleet:
             Subscriber(peers, checkpoint.layout, rank=0).pull(version, checkpoint.buffers)
 
     def close(self) -> None:
-        """End the actors: asked first, killed when they do not answer. Never raises for a lost
-        actor."""
-        closing = {f"Megatron rank {r}": a.close.remote() for r, a in enumerate(self._ranks)}
+        """End the actors: asked first, killed when they do not answer in time."""
+        actors = {f"Megatron rank {r}": actor for r, actor in enumerate(self._ranks)}
         if self._engine is not None:
-            closing["the engine"] = self._engine.close.remote()
-        try:
-            wait(closing, _CLOSE_SECONDS)
-        except ActorLostError:
-            pass  # it is killed below, which is all that is left to do for it
-        finally:
-            for actor in [*self._ranks, self._engine]:
-                if actor is not None:
-                    ray.kill(actor)
-            self._ranks, self._engine = [], None
-            shutil.rmtree(self._sockets, ignore_errors=True)
+            actors["the engine"] = self._engine
+        self._ranks, self._engine = [], None
+        closing = {name: actor.close.remote() for name, actor in actors.items()}
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for name, actor in actors.items():
+            try:
+                wait({name: closing[name]}, max(0.1, deadline - time.monotonic()))
+            except Exception as error:  # whatever it is, the process has to end all the same
+                _log.warning("%s did not close by itself: %s", name, error)
+            finally:
+                kill(actor)
+        shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _wait(self, calls: Mapping[str, Any]) -> dict[str, Any]:
         return wait(calls, self._timeout)

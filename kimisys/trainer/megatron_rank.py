@@ -3,7 +3,6 @@ shards."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +41,13 @@ class Improvement:
 @dataclass(frozen=True)
 class Improved:
     """Means over the optimizer steps of an iteration. divergence: of the last one, an estimate of
-    KL(π_i ‖ π_θ) in nats a completion."""
+    KL(π_i ‖ π_θ) in nats a completion. replica_difference: how far parameters that all ranks hold
+    have drifted apart; anything but 0.0 is an error."""
 
     loss: float
     gradient_norm: float
     divergence: float
+    replica_difference: float
 
 
 class MegatronRank:
@@ -72,12 +73,10 @@ class MegatronRank:
         self._publisher: Publisher | None = None
         self._wire = torch.float32
 
-    def load(self, folder: str) -> int:
-        """Fill the parameters from a checkpoint folder; returns the bytes written."""
+    def load(self, folder: str) -> None:
+        """Fill the parameters from a checkpoint folder."""
         checkpoint = open_checkpoint(folder)
-        loading = plan(checkpoint.layout, self.layout)
-        loading.execute(checkpoint.buffers, self.buffers)
-        return loading.nbytes
+        plan(checkpoint.layout, self.layout).execute(checkpoint.buffers, self.buffers)
 
     def snapshot(self, wire_dtype: str) -> str:
         """The layout of this rank's snapshot in the wire dtype, as JSON."""
@@ -91,13 +90,11 @@ class MegatronRank:
             self.layout, merged, self.rank, Path(folder) / f"rank{self.rank}"
         )
 
-    def publish(self, version: int) -> float:
-        """Publish the live weights as `version`; returns the seconds it took."""
+    def publish(self, version: int) -> None:
+        """Publish the live weights as `version`."""
         if self._publisher is None:
             raise RuntimeError("open_publisher comes before publish")
-        start = time.perf_counter()
         self._publisher.publish(version, self.buffers, threads=1)
-        return time.perf_counter() - start
 
     def sft(self, batches: Sequence[Batch], rates: Sequence[float], clip: float) -> list[float]:
         """One AdamW step on each batch; returns the mean cross-entropy of each, in nats per
@@ -133,7 +130,8 @@ class MegatronRank:
             losses.append(step.loss)
             norms.append(step.gradient_norm)
             divergence = loss.divergence
-        return Improved(float(np.mean(losses)), float(np.mean(norms)), divergence)
+        drift = self.policy.replica_difference()
+        return Improved(float(np.mean(losses)), float(np.mean(norms)), divergence, drift)
 
     def probe(self, tokens: Sequence[int]) -> np.ndarray:
         """Log-softmax over the vocabulary after each token but the last, under the published

@@ -22,7 +22,7 @@ class StepMetrics:
     rollout_tokens_per_second: float
     loss: float
     gradient_norm: float
-    log_ratio: float
+    divergence: float
     logprob_gap: float
     probe_gap: float
     sync_bytes: int
@@ -35,12 +35,13 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Summary:
-    """The outcome of a run, as `summary.json` holds it."""
+    """The outcome of a run, as `summary.json` holds it. status: "completed", or what ended it."""
 
-    pass_rate_before: float
-    pass_rate_after: float
-    greedy_before: float
-    greedy_after: float
+    status: str
+    pass_rate_before: float | None
+    pass_rate_after: float | None
+    greedy_before: float | None
+    greedy_after: float | None
     steps: int
     wall_seconds: float
     syncs: int
@@ -57,7 +58,7 @@ class Summary:
 
 
 class MetricsLog:
-    """Appends StepMetrics to a JSONL file; each line is on disk when `append` returns."""
+    """Appends StepMetrics to a JSONL file, line by line."""
 
     def __init__(self, path: Path) -> None:
         self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__

@@ -23,10 +23,11 @@ def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None
         numbers, [s.pass_rate for s in steps], color="tab:blue", label="training, temperature 1"
     )
     ends = [0, summary.steps]
-    held_out = [summary.pass_rate_before, summary.pass_rate_after]
-    greedy = [summary.greedy_before, summary.greedy_after]
-    rate.plot(ends, held_out, "o", color="tab:orange", label="held out, temperature 1")
-    rate.plot(ends, greedy, "s", color="tab:green", label="held out, greedy")
+    for before, after, mark, label in (
+        (summary.pass_rate_before, summary.pass_rate_after, "o", "held out, temperature 1"),
+        (summary.greedy_before, summary.greedy_after, "s", "held out, greedy"),
+    ):
+        rate.plot(ends, [before, after], mark, label=label)
     rate.set(xlabel="RL step", ylabel="pass rate", ylim=(0, 1.02), title="Pass rate")
     rate.legend(loc="lower right")
     rate.grid(alpha=0.3)

@@ -96,15 +96,43 @@ def test_a_truncated_file_is_refused(
         ({"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}, "unknown dtype"),
         ({"dtype": "F32", "shape": 3}, "malformed"),
         ("nonsense", "malformed"),
+        ({"dtype": "F32", "shape": [2**70, 0], "data_offsets": [0, 0]}, "malformed"),
+        ({"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}, "malformed"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0.5, 8.5]}, "malformed"),
+        ({"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]}, "malformed"),
     ],
 )
 def test_a_lying_header_is_refused(tmp_path: Path, entry: object, match: str) -> None:
-    header = json.dumps({"a": entry}).encode()
-    (tmp_path / "model.safetensors").write_bytes(
-        len(header).to_bytes(8, "little") + header + b"\0" * 8
-    )
+    write_header(tmp_path, json.dumps({"a": entry}).encode())
     with pytest.raises(CheckpointError, match=match):
         open_checkpoint(tmp_path)
+
+
+def write_header(folder: Path, header: bytes) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    write_header(tmp_path, json.dumps({"a": entry, "b": entry}).encode())
+    with pytest.raises(CheckpointError, match="'a' and 'b' share bytes"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_header_of_brackets_is_refused(tmp_path: Path) -> None:
+    write_header(tmp_path, b"[" * 100_000)
+    with pytest.raises(CheckpointError, match="not JSON"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CheckpointError, match="cannot be made"),
+        create_checkpoint(tmp_path / "file" / "model", []),
+    ):
+        pass
 
 
 def test_an_index_must_agree(tmp_path: Path) -> None:

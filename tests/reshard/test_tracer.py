@@ -97,7 +97,7 @@ def refused(run, match: str) -> None:
 def test_arithmetic_is_refused_by_name() -> None:
     refused(lambda s, d: d["weight"].copy_(s["s"] * 2), r"'weight'.*aten\.mul")
     refused(lambda s, d: d["weight"].add_(s["s"]), r"aten\.add_.*'weight'")
-    refused(lambda s, d: d["weight"].copy_(s["s"].to(torch.bfloat16)), r"'weight'.*_to_copy")
+    refused(lambda s, d: d["weight"].copy_(s["s"].to(torch.bfloat16)), "'weight'.*cast")
 
 
 def test_an_unknown_source_is_refused_by_name() -> None:
@@ -127,6 +127,62 @@ def test_a_partly_filled_intermediate_is_refused() -> None:
         destinations["weight"].copy_(staged)
 
     refused(half, "'weight'.*not copies")
+
+
+def test_an_intermediate_changed_after_the_copy_is_refused() -> None:
+    def zeroed(sources: Tensors, destinations: Tensors) -> None:
+        staged = sources["s"].clone()
+        staged[2:].zero_()
+        destinations["weight"].copy_(staged)
+
+    def scaled(sources: Tensors, destinations: Tensors) -> None:
+        staged = sources["s"].clone()
+        torch._foreach_mul_([staged], 2.0)
+        destinations["weight"].copy_(staged)
+
+    def rounded(sources: Tensors, destinations: Tensors) -> None:
+        staged = torch.empty(4, 4, device="meta", dtype=torch.bfloat16)
+        staged.copy_(sources["s"])
+        destinations["weight"].copy_(staged)
+
+    def twice_in_one_half(sources: Tensors, destinations: Tensors) -> None:
+        staged = torch.empty(4, 4, device="meta")
+        for _ in range(2):
+            staged[:2].copy_(sources["s"][:2])
+        destinations["weight"].copy_(staged)
+
+    refused(zeroed, "'weight'.*zeros")
+    refused(scaled, "'weight'.*_foreach_mul_")
+    refused(rounded, "'weight'.*cast from torch.float32 to torch.bfloat16")
+    refused(twice_in_one_half, "'weight'.*not copies")
+
+
+def test_foreach_on_a_destination_is_refused() -> None:
+    def doubled(sources: Tensors, destinations: Tensors) -> None:
+        destinations["weight"].copy_(sources["s"])
+        torch._foreach_mul_([destinations["weight"]], 2.0)
+
+    refused(doubled, "_foreach_mul_.*'weight'")
+
+
+def test_a_staging_tensor_may_be_used_again() -> None:
+    def staged(sources: Tensors, destinations: Tensors) -> None:
+        staging = torch.empty(2, 4, device=sources["s"].device)
+        for half in range(2):
+            staging.copy_(sources["s"][2 * half : 2 * half + 2])
+            destinations["t"][2 - 2 * half : 4 - 2 * half].copy_(staging)
+
+    real, traced = run_both(staged, {"s": (4, 4)}, {"t": (4, 4)})
+    assert torch.equal(real["t"], traced["t"])
+
+
+def test_a_mapping_writes_every_element_once() -> None:
+    def both(sources: Tensors, destinations: Tensors) -> None:
+        destinations["weight"].copy_(sources["s"])
+        destinations["weight"][1:].copy_(sources["s"][1:])
+
+    refused(both, "'weight' is written twice")
+    refused(lambda s, d: d["weight"][:3].copy_(s["s"][:3]), "only 12 of the 16 elements")
 
 
 def test_layout_of_a_fused_padded_parameter() -> None:

@@ -29,7 +29,13 @@ def test_the_recipe_itself_is_legal() -> None:
         ({"tensor_parallel": 3}, "--tensor-parallel 3 does not divide --model.heads"),
         ({"tensor_parallel": 4}, "does not divide --model.kv-heads 2"),
         ({"model": ModelConfig(heads=6, kv_heads=4)}, "not a multiple"),
-        ({"model": ModelConfig(head_dim=33)}, "odd"),
+        ({"model": ModelConfig(head_dim=48)}, "--model.head-dim is 48"),
+        ({"model": ModelConfig(rope_theta=-1.0)}, "--model.rope-theta"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"held_out": 1_000_000}, "--held-out"),
+        ({"clip_gradient": float("nan")}, "--clip-gradient"),
+        ({"ready_timeout": float("nan")}, "--ready-timeout"),
+        ({"sft": SftConfig(warmup_steps=-5)}, "--sft.warmup-steps"),
         ({"model": ModelConfig(layers=0)}, "--model.layers"),
         ({"sft": SftConfig(batch_size=0)}, "--sft.batch-size"),
     ],
@@ -43,6 +49,8 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ConfigError, match="not empty"):
         TrainConfig(out=tmp_path).check()
+    with pytest.raises(ConfigError, match="is a file"):
+        TrainConfig(out=tmp_path / "summary.json").check()
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -65,6 +73,13 @@ def test_the_command_refuses_in_one_line_and_makes_nothing(tmp_path: Path) -> No
     assert "ConfigError: --tensor-parallel 3" in run.stdout
     assert "Traceback" not in run.stdout + run.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = kimisys("train", "--out", str(tmp_path / "file" / "run"))
+    assert run.returncode == 1
+    assert "ConfigError: --out" in run.stdout
 
 
 def test_help_teaches() -> None:

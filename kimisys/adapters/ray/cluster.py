@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -39,40 +42,67 @@ def local_cluster(cpus: int) -> Iterator[None]:
             "kimisys.adapters.ray first, or set RAY_AUTH_MODE=token"
         )
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        object_store_memory=256 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    folder = tempfile.mkdtemp(prefix="kimisys-ray-")
     try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+            object_store_memory=256 << 20,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
         yield
     finally:
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def spawn(
+    actor: type, environment: Mapping[str, str], *args: Any, concurrent_calls: int = 1
+) -> Any:
+    """Begin to start an `actor` of these arguments; its process has `environment` added."""
+    remote: Any = ray.remote(actor).options(
+        num_cpus=0,
+        max_concurrency=concurrent_calls,
+        runtime_env={"env_vars": dict(environment)},
+    )
+    return remote.remote(*args)
+
+
+def share(value: Any) -> Any:
+    """`value`, stored once for all the actors that it is passed to."""
+    return ray.put(value)
+
+
+def kill(actor: Any) -> None:
+    """End an actor's process at once."""
+    ray.kill(actor)
 
 
 def wait(pending: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:
     """The results of `pending` (name of the actor → object reference), all of them, before the
     deadline.
 
-    Raises ActorLostError naming who died or did not answer; an error raised by an actor's own code
-    is raised again here as it was.
+    Raises ActorLostError naming who died or did not answer; what an actor's own code raised is
+    raised here as it was raised there.
     """
     names = {reference: name for name, reference in pending.items()}
     remaining = list(names)
     done: dict[str, Any] = {}
+    deadline = time.monotonic() + timeout_seconds
     while remaining:
-        ready, remaining = ray.wait(remaining, num_returns=1, timeout=timeout_seconds)
+        left = max(0.0, deadline - time.monotonic())
+        ready, remaining = ray.wait(remaining, num_returns=1, timeout=left)
         if not ready:
             late = ", ".join(names[reference] for reference in remaining)
             raise ActorLostError(f"no answer from {late} within {timeout_seconds:.0f} s")
         try:
-            done[names[ready[0]]] = ray.get(ready[0], timeout=timeout_seconds)
+            done[names[ready[0]]] = ray.get(ready[0], timeout=max(1.0, left))
         except RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise error.cause from error
         except (RayActorError, GetTimeoutError) as error:
             raise ActorLostError(f"{names[ready[0]]} is lost: {error}") from error
     return {name: done[name] for name in pending}

@@ -16,6 +16,8 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -24,18 +26,19 @@ import numpy as np
 
 import kimisys.errors
 from kimisys.adapters.vllm import environment
-from kimisys.adapters.vllm.loop import EngineError, EngineLoop, Sample
+from kimisys.adapters.vllm.loop import EngineError, EngineLoop, EngineTimeoutError, Sample
 from kimisys.errors import CheckpointError, VersionError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-__all__ = ["Engine", "EngineConfig", "EngineError", "Sample"]
+__all__ = ["Engine", "EngineConfig", "EngineError", "EngineTimeoutError", "Sample"]
 
 T = TypeVar("T")
 
 _CLOSE_SECONDS = 30.0
+_SECOND_HAND = {"PeerTimeoutError": 1, "PeerFailedError": 2}  # errors about other ranks
 _BLOCK_TOKENS = 32  # of a cache block: the smallest that the CPU's attention likes
 
 
@@ -61,6 +64,8 @@ class EngineConfig:
     """OpenMP threads of an engine in this process."""
     seed: int = 0
     """Of sampling, for calls that give none."""
+    timeout_seconds: float = 600.0
+    """Longest wait of a call for the engine (for its turn, too), and of the engine for its ranks."""
 
 
 class Engine:
@@ -70,6 +75,10 @@ class Engine:
     refused with VersionError when it is another; an update waits for what is being sampled, and
     samples asked for after it wait for it. Prefix caching is off: prompts here are about as short
     as a cache block, and nothing computed under one version can be found under the next.
+
+    Every call but ``close`` raises EngineTimeoutError when the engine does not answer within the
+    configuration's timeout_seconds. What has not begun by then never will; a call that a rank of
+    the engine left unanswered also ends the engine's serving.
     """
 
     def __init__(self, config: EngineConfig, loop: EngineLoop) -> None:
@@ -88,7 +97,12 @@ class Engine:
         """
         _check_folder(config.model)
         engine = cls(config, EngineLoop(lambda: _build(config)))
-        await engine._exclusive(lambda llm: None)
+        try:
+            await engine._exclusive("start", lambda llm: None)
+        except BaseException:
+            with suppress(EngineTimeoutError):
+                engine._loop.close(0.0)
+            raise
         return engine
 
     @property
@@ -105,7 +119,9 @@ class Engine:
             "addresses": [str(address) for address in addresses],
             "timeout_seconds": timeout_seconds,
         }
-        await self._exclusive(lambda llm: _rpc(llm, "init_weight_transfer_engine", init_info=info))
+        await self._exclusive(
+            "connect", lambda llm: self._rpc(llm, "init_weight_transfer_engine", init_info=info)
+        )
 
     async def update(self, version: int) -> dict[str, Any]:
         """Pulls a published version, verifies it, and serves it from now on.
@@ -113,9 +129,10 @@ class Engine:
         Returns version, seconds (wall, all of it), pull_seconds, digest_seconds, pack_seconds,
         nbytes (tensor elements landed, all ranks) and digests (tensors compared).
         Raises VersionError, DigestError, SnapshotError: the version served before is still served.
-        Raises EngineError when packing failed: nothing is served until the engine is restarted.
+        Raises EngineError for whatever fails once packing began: nothing is served until the engine
+        is restarted. After an EngineTimeoutError ``version`` tells which of these has come about.
         """
-        return await self._exclusive(lambda llm: self._update(llm, version))
+        return await self._exclusive("update", lambda llm: self._update(llm, version))
 
     async def generate(
         self,
@@ -145,10 +162,11 @@ class Engine:
         def admit(llm: LLMEngine) -> int:
             served = self._check_version(version)
             if seed is not None:
-                _rpc(llm, "kimisys_seed", seed=seed)
+                self._rpc(llm, "kimisys_seed", seed=seed)
             return served
 
-        return await asyncio.wrap_future(self._loop.generate(prompts, samples, params, admit))
+        future = self._loop.generate(prompts, samples, params, admit)
+        return await self._answer("generate", future)
 
     async def probe(self, token_ids: Sequence[int], version: int | None = None) -> np.ndarray:
         """What the engine computes: float32[len(token_ids) - 1, vocab], a log-softmax in each row.
@@ -163,7 +181,7 @@ class Engine:
         future = self._loop.generate(
             [token_ids], 1, params, lambda llm: self._check_version(version)
         )
-        found = (await asyncio.wrap_future(future))[0][0].prompt_log_probs
+        found = (await self._answer("probe", future))[0][0].prompt_log_probs
         assert found is not None  # as it was asked for
         return found
 
@@ -171,8 +189,25 @@ class Engine:
         """Ends the engine and its worker processes; what is being sampled fails. Idempotent."""
         await asyncio.to_thread(self._loop.close, _CLOSE_SECONDS)
 
-    async def _exclusive(self, call: Callable[[LLMEngine], T]) -> T:
-        return await asyncio.wrap_future(self._loop.exclusive(call))
+    async def _exclusive(self, what: str, call: Callable[[LLMEngine], T]) -> T:
+        return await self._answer(what, self._loop.exclusive(call))
+
+    async def _answer(self, what: str, future: Future[T]) -> T:
+        """The result of a call that the engine's thread answers; cancelled when it comes late."""
+        seconds, waiting = self.config.timeout_seconds, asyncio.wrap_future(future)
+        try:
+            await asyncio.wait([waiting], timeout=seconds)
+            if waiting.done():
+                return waiting.result()
+        finally:
+            waiting.cancel()
+        raise EngineTimeoutError(
+            f"{self._whole()} did not answer {what} within {seconds:g} s; see what it is doing, or "
+            "raise EngineConfig.timeout_seconds"
+        )
+
+    def _whole(self) -> str:
+        return f"the engine of {self.config.model} (ranks 0 to {self.config.tensor_parallel - 1})"
 
     def _update(self, llm: LLMEngine, version: int) -> dict[str, Any]:
         """In the engine's thread, when nothing is being sampled."""
@@ -182,27 +217,56 @@ class Engine:
                 f"version {self._version} is served, asked was {version}; versions only increase"
             )
         started = time.perf_counter()
-        _rpc(llm, "start_weight_update")
-        _rpc(llm, "update_weights", update_info={"version": version})
+        # Half of the time, so that ranks that wait for each other can still say so.
+        info = {"version": version, "timeout_seconds": self.config.timeout_seconds / 2}
+        self._rpc(llm, "start_weight_update")
+        self._rpc(llm, "update_weights", update_info=info)
         try:
-            _rpc(llm, "finish_weight_update")
+            self._rpc(llm, "finish_weight_update")
+            ranks = self._ask(llm, "kimisys_status")
+            if any(rank["version"] != version for rank in ranks):
+                raise VersionError(f"ranks serve {[rank['version'] for rank in ranks]}")
+            llm.set_weight_version(str(version))
+            report = _report(version, ranks)
         except BaseException as error:
-            self._version, self._broken = None, f"packing version {version} failed: {error}"
-            raise EngineError(f"{self._broken}; restart the engine") from error
-        llm.set_weight_version(str(version))
+            # Some ranks compute with the new weights, perhaps all: neither version may be claimed.
+            raise self._break(f"packing version {version} failed: {error}") from error
         self._version = version
-        ranks = llm.collective_rpc("kimisys_status")
-        phases = {
-            f"{phase}_seconds": max(rank["seconds"][phase] for rank in ranks)
-            for phase in ("pull", "digest", "pack")
-        }
-        return {
-            "version": version,
-            "seconds": time.perf_counter() - started,
-            **phases,
-            "nbytes": sum(rank["nbytes"] for rank in ranks),
-            "digests": max(rank["digests"] for rank in ranks),
-        }
+        return report | {"seconds": time.perf_counter() - started}
+
+    def _break(self, reason: str, kind: type[EngineError] = EngineError) -> EngineError:
+        """Ends serving, for good; returns the error to raise."""
+        self._version, self._broken = None, reason
+        return kind(f"{reason}; restart the engine")
+
+    def _ask(self, llm: LLMEngine, method: str, *arguments: Any) -> list[Any]:
+        """The answers of all ranks. Raises EngineTimeoutError when one does not come in time."""
+        seconds = self.config.timeout_seconds
+        try:
+            return llm.collective_rpc(method, timeout=seconds, args=arguments)
+        except TimeoutError as error:
+            # A late answer would be taken for the answer to the next call.
+            asked = " ".join(map(str, [method, *arguments[:1]]))
+            reason = f"ranks of {self._whole()} did not answer {asked} within {seconds:g} s"
+            raise self._break(reason, EngineTimeoutError) from error
+
+    def _rpc(self, llm: LLMEngine, method: str, **arguments: Any) -> None:
+        """Calls a method of every rank. Raises what a rank raised if it is of kimisys.errors."""
+        answers = self._ask(llm, "kimisys_call", method, arguments)
+        failed = [(rank, answer) for rank, answer in enumerate(answers) if answer is not None]
+        if not failed:
+            return
+        # A rank that gave up because of another has less to tell.
+        failed.sort(key=lambda failure: _SECOND_HAND.get(failure[1][0], 0))
+        rank, (kind, message, trace) = failed[0]
+        if kind == "PeerTimeoutError":
+            raise EngineTimeoutError(message)
+        known = getattr(kimisys.errors, kind, None)
+        if known is not None:
+            raise known(message)
+        raise EngineError(
+            f"{method} failed at rank {rank} of the engine: {kind}: {message}\n{trace}"
+        )
 
     def _check_serving(self) -> None:
         if self._broken:
@@ -307,16 +371,15 @@ def _sampling(**options: Any) -> SamplingParams:
     )
 
 
-def _rpc(llm: LLMEngine, method: str, **arguments: Any) -> None:
-    """Calls a method of every worker. Raises what a worker raised if it is of kimisys.errors."""
-    answers = llm.collective_rpc("kimisys_call", args=(method, arguments))
-    failed = [(rank, answer) for rank, answer in enumerate(answers) if answer is not None]
-    if not failed:
-        return
-    # A rank that gave up because another did has nothing to tell.
-    failed.sort(key=lambda rank_answer: rank_answer[1][0] == "PeerFailedError")
-    rank, (kind, message, trace) = failed[0]
-    known = getattr(kimisys.errors, kind, None)
-    if known is not None:
-        raise known(message)
-    raise EngineError(f"{method} failed at rank {rank} of the engine: {kind}: {message}\n{trace}")
+def _report(version: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of an update, from each rank's Status."""
+    phases = {
+        f"{phase}_seconds": max(rank["seconds"][phase] for rank in ranks)
+        for phase in ("pull", "digest", "pack")
+    }
+    return {
+        "version": version,
+        **phases,
+        "nbytes": sum(rank["nbytes"] for rank in ranks),
+        "digests": max(rank["digests"] for rank in ranks),
+    }

@@ -14,8 +14,9 @@ def environment(threads: int = 2) -> dict[str, str]:
     """
     return {
         "OMP_NUM_THREADS": str(threads),
-        # Threads that spin for each other collapse as soon as a core is shared: 12,000 tokens/s
-        # became 900 on two busy cores with the default. A short spin loses nothing on idle ones.
+        # Threads that spin for each other collapse when cores are shared: beside other work two of
+        # them made 700 to 1,400 tokens/s with the default, 6,000 to 10,000 with a short spin, and
+        # alone 12,000 with either.
         "GOMP_SPINCOUNT": "10000",
         # Activations of a step are a few MB each; without this every one is mapped, faulted in and
         # unmapped again (15 % of a rollout's time).

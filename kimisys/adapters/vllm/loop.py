@@ -33,6 +33,10 @@ class EngineError(KimisysError):
     """The engine is closed, failed, or refuses to serve; the message says why."""
 
 
+class EngineTimeoutError(EngineError):
+    """The engine, or ranks of it, did not answer in time; the message says who was waited for."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One completion of a prompt.
@@ -130,13 +134,13 @@ class EngineLoop:
     def close(self, timeout_seconds: float) -> None:
         """Ends the engine and its thread; what is running fails with EngineError. Idempotent.
 
-        Raises EngineError when it does not end in time.
+        Raises EngineTimeoutError when it does not end in time; it ends when it comes to it.
         """
         self._inbox.put(None)
         self._thread.join(timeout_seconds)
-        atexit.unregister(self.close)
         if self._thread.is_alive():
-            raise EngineError(f"the engine did not end within {timeout_seconds:.0f} s")
+            raise EngineTimeoutError(f"the engine did not end within {timeout_seconds:g} s")
+        atexit.unregister(self.close)
 
     def _submit(self, job: _Batch | _Exclusive) -> None:
         with self._lock:

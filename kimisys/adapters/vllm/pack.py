@@ -4,7 +4,9 @@ vLLM derives state from its parameters once, after loading: on the CPU build eve
 keeps a packed copy for oneDNN (its parameter is left empty), and so does the output head, tied or
 not (its parameter stays, and the copy goes stale when it is written to). ``Packer`` finds what was
 derived by comparing the running model with one fresh from its constructor, and refuses, by name,
-what it does not know how to derive again.
+what it does not know how to derive again. A tensor that is no parameter is refused unless it is
+known not to come from weights: whether it does cannot be seen, as its place may have been there
+from the start.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backend import AttentionImplBase
 
@@ -29,6 +32,21 @@ _DERIVED: Mapping[type[QuantizeMethodBase], frozenset[str]] = {
 
 ``cpu_linear`` is a closure that owns the packed weight; setting it anew frees the old one.
 """
+
+_CONSTANTS: Mapping[type[torch.nn.Module], frozenset[str]] = {
+    # Angles by position, from config.json.
+    RotaryEmbeddingBase: frozenset({"cos_sin_cache"}),
+    # The cache, which an update finds empty, and scales that are one without quantization.
+    Attention: frozenset(
+        {"kv_cache", "_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
+        | {"_k_scale_cpu", "_v_scale_cpu"}
+    ),
+}
+"""Tensors beside the parameters that do not come from weights, by the module that has them."""
+
+
+_TORCHS_OWN = frozenset({"_parameters", "_buffers", "_modules"})
+"""Attributes in which torch keeps what is looked at one by one."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +101,8 @@ class Packer:
             if type(method) not in _DERIVED:
                 return [f"{prefix!r} (derived by {type(method).__name__})"]
             self._derive.append(lambda: method.process_weights_after_loading(module))
-        hook = getattr(type(module), "process_weights_after_loading", None)
-        if hook is None:
-            return []
-        # Attention without quantization sets its scales to one and leaves the rest to its kernel.
-        kernel = getattr(type(getattr(module, "impl", None)), "process_weights_after_loading", None)
-        idle = hook is Attention.process_weights_after_loading
-        if idle and kernel is AttentionImplBase.process_weights_after_loading:
+        hook = getattr(module, "process_weights_after_loading", None)
+        if hook is None or _derives_nothing(module, hook):
             return []
         return [f"{prefix!r} (derived by {type(module).__name__})"]
 
@@ -147,19 +160,39 @@ def _shared(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     ]
 
 
+def _derives_nothing(module: torch.nn.Module, hook: Callable[..., None]) -> bool:
+    """Whether what vLLM does to a module after loading leaves its weights alone.
+
+    Plain attention sets its scales to one (a quantized one has a quant_method, which was refused)
+    and leaves the rest to its kernel; the CPU's, as most, inherits a hook that does nothing.
+    """
+    kernel = getattr(type(getattr(module, "impl", None)), "process_weights_after_loading", None)
+    plain = getattr(hook, "__func__", hook) is Attention.process_weights_after_loading
+    return plain and kernel is AttentionImplBase.process_weights_after_loading
+
+
 def _new_state(before: torch.nn.Module, now: torch.nn.Module) -> list[str]:
-    """Attributes, parameters and buffers of one module that were not there before loading, or are
-    tensors and were none, or had another shape or dtype; less those that are known."""
+    """What one module holds beside its parameters and may have from weights: attributes and
+    buffers that were not there before loading, or hold tensors; less those that are known."""
     method = getattr(now, "quant_method", None)
     known = _DERIVED.get(type(method), frozenset()) if method is not None else frozenset()
+    constant = frozenset(n for kind, ns in _CONSTANTS.items() if isinstance(now, kind) for n in ns)
     old, new = vars(before) | before._buffers, vars(now) | now._buffers
     found = [name for name in new.keys() - old.keys() if name not in known]
     found += [name for name in now._parameters.keys() - before._parameters.keys()]
-    for name, value in old.items():
-        current = new.get(name)
-        if isinstance(value, torch.Tensor):
-            if not isinstance(current, torch.Tensor) or not _same_place(value, current):
-                found.append(name)
-        elif isinstance(current, torch.Tensor):
-            found.append(name)
-    return found
+    for name in old.keys() & new.keys() - _TORCHS_OWN:
+        if name in constant:
+            stays = isinstance(old[name], torch.Tensor) and isinstance(new[name], torch.Tensor)
+            refused = not stays or (name != "kv_cache" and not _same_place(old[name], new[name]))
+        else:
+            refused = _holds_tensor(new[name])
+        found += [name] if refused else []
+    return sorted(found)
+
+
+def _holds_tensor(value: object) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        return any(_holds_tensor(each) for each in value)
+    return isinstance(value, torch.Tensor)

@@ -2,6 +2,15 @@
 
 Weights are pulled into a shadow of the worker's shard and verified there. Only then are they packed
 into the model. Whatever refuses an update before that leaves the worker serving what it had.
+
+A worker that was broken while it packed, or still has the random weights it started with
+(``load_format="dummy"``), refuses to compute: a forward pass raises EngineError, which ends a stock
+vLLM engine. Engines of kimisys refuse sooner, and live.
+
+Limits: engines on the CPU, of tensor parallelism alone. The refusal is a hook of the model's
+forward; a CUDA graph of the whole model would be replayed past it. Weights that vLLM itself loaded
+from a checkpoint are served until the first update, as version None. With a stock vLLM each rank
+commits for itself: one that breaks refuses, the others do not know.
 """
 
 from __future__ import annotations
@@ -10,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +32,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from kimisys.adapters.vllm import plugin
 from kimisys.adapters.vllm.layout import build_model, trace_model, trace_vllm_layout
+from kimisys.adapters.vllm.loop import EngineError
 from kimisys.adapters.vllm.pack import Packer
 from kimisys.broadcast import Peers, Pulled, Subscriber, connect
 from kimisys.errors import LayoutError, SnapshotError, VersionError
@@ -52,16 +64,22 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """version: the published version to take over; it must be newer than the one served."""
+    """Which version to take over.
+
+    version: published, and newer than the one served. timeout_seconds: for each of the two waits
+    for the other ranks of this engine.
+    """
 
     version: int
+    timeout_seconds: float = 120.0
 
 
 @dataclass
 class Status:
     """What a worker serves, and how its last update went; plain values, as it crosses processes.
 
-    version: committed, None before the first update. broken: why the worker must not serve, or "".
+    version: committed, None before the first update. broken: why the worker refuses to compute, or
+    "".
     seconds, nbytes, digests: of the last update: wall time by phase, bytes of tensor elements
     landed, tensors compared by digest.
     """
@@ -107,6 +125,21 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._subscriber: Subscriber | None = None
         self._pulled: Pulled | None = None
         self.status = Status()
+        self._random = vllm_config.load_config.load_format == "dummy"
+        model.register_forward_pre_hook(self._check_serving)
+
+    def _check_serving(self, *_: Any) -> None:
+        """Before each forward pass of the model. Raises EngineError where it must not be served."""
+        if self.status.broken:
+            raise EngineError(f"{self.status.broken}; restart the engine")
+        if not self._random or self.status.version is not None:
+            return
+        # vLLM's own trial runs at start have no attention to compute.
+        if is_forward_context_available() and get_forward_context().attn_metadata is not None:
+            raise EngineError(
+                "no version is served yet: the engine started with random weights; publish one and "
+                "update to it"
+            )
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Connects to the publishers and plans the pull; again replaces the former peers."""
@@ -136,27 +169,39 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         Raises VersionError, DigestError, SnapshotError. The model is untouched.
         """
         self._pulled = None
-        self._pulled = self._receive(update_info.version)
+        self._pulled = self._receive(update_info.version, update_info.timeout_seconds)
 
-    def _receive(self, version: int) -> Pulled:
-        agreement = Agreement(self._size, self._rank, self._sum)
+    def _receive(self, version: int, timeout_seconds: float) -> Pulled:
+        def total(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            return sum_over_ranks(values, self._group.cpu_group, timeout_seconds)
+
+        agreement = Agreement(self._size, self._rank, total)
         try:
-            if self._subscriber is None:
-                raise SnapshotError("no publisher is known; connect to their addresses first")
-            if self.status.version is not None and version <= self.status.version:
-                raise VersionError(
-                    f"version {self.status.version} is served, asked was {version}; versions only "
-                    "increase"
-                )
+            self._check_receivable(version)
+            assert self._subscriber is not None  # as that was checked
             buffers = {
                 (self._rank, name): tensor.view(torch.uint8).numpy()
                 for name, tensor in self._shadow.items()
             }
             combine = agreement.combine if self._size > 1 else None
             return self._subscriber.pull(version, buffers, combine)
-        except BaseException:
-            agreement.fail()
+        except BaseException as error:
+            try:
+                agreement.fail()
+            except PeerTimeoutError as late:  # this rank's own error tells more
+                error.add_note(str(late))
             raise
+
+    def _check_receivable(self, version: int) -> None:
+        if self.status.broken:
+            raise EngineError(f"{self.status.broken}; restart the engine")
+        if self._subscriber is None:
+            raise SnapshotError("no publisher is known; connect to their addresses first")
+        if self.status.version is not None and version <= self.status.version:
+            raise VersionError(
+                f"version {self.status.version} is served, asked was {version}; versions only "
+                "increase"
+            )
 
     def finish_weight_update(self) -> None:
         """Packs what was received into the model and commits its version.
@@ -192,15 +237,35 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._peers.close()
             self._peers = None
 
-    def _sum(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Over the ranks of the engine, wrapping around."""
-        summed = torch.from_numpy(values.copy())
-        torch.distributed.all_reduce(summed, group=self._group.cpu_group)
-        return summed.numpy()
-
 
 class PeerFailedError(SnapshotError):
     """Another rank of the same engine failed; its own error says why."""
+
+
+class PeerTimeoutError(SnapshotError):
+    """Other ranks of the same engine did not come to where this one waited, or were lost there."""
+
+
+def sum_over_ranks(
+    values: npt.NDArray[np.int64], group: torch.distributed.ProcessGroup, timeout_seconds: float
+) -> npt.NDArray[np.int64]:
+    """Sums over the ranks of an engine, wrapping around.
+
+    Raises PeerTimeoutError naming the ranks waited for; the group cannot be used after it.
+    """
+    summed = torch.from_numpy(values.copy())
+    options = torch.distributed.AllreduceOptions()
+    options.timeout = timedelta(seconds=timeout_seconds)
+    try:
+        group.allreduce([summed], options).wait(options.timeout)
+    except RuntimeError as error:
+        others = [rank for rank in range(group.size()) if rank != group.rank()]
+        raise PeerTimeoutError(
+            f"rank {group.rank()} of the engine waited up to {timeout_seconds:g} s for its ranks "
+            f"{others} to compare digests ({error}); see what became of them, and restart the "
+            "engine: its ranks are out of step"
+        ) from error
+    return summed.numpy()
 
 
 class Agreement:
