@@ -87,7 +87,9 @@ void bind_snapshot(py::module_& module) {
                        "read-only where it was opened. Views keep the memory alive.")
       .def_buffer(&view)
       .def_static("create", &Snapshot::create, py::arg("nbytes"), py::arg("digest_count"),
-                  "New shared memory with nothing published; SnapshotError when there is none.")
+                  py::call_guard<py::gil_scoped_release>(),
+                  "New shared memory with nothing published; SnapshotError when there is none.\n"
+                  "Releases the GIL while all pages are allocated.")
       .def_static("open", &Snapshot::open, py::arg("descriptor"),
                   "Maps a peer's snapshot read-only; the descriptor stays the caller's. Raises\n"
                   "SnapshotError for whatever is not a sealed snapshot of a known format.")

@@ -56,6 +56,10 @@ void bind_value(py::class_<T>& type) {
 }
 
 void bind_tables(py::module_& module) {
+  module.def(
+      "itemsize", [](const std::string& dtype) { return itemsize(parse_dtype(dtype)); },
+      py::arg("dtype"), "Bytes of one element; LayoutError for an unknown dtype.");
+
   py::class_<Tensor> tensor(module, "Tensor",
                             "A logical parameter in checkpoint coordinates: name, dtype, shape.");
   tensor

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstring>
@@ -50,6 +51,19 @@ constexpr std::size_t data_offset(std::size_t digest_count) {
 
 [[noreturn]] void fail_system(const char* what, int error) {
   fail(ErrorCode::kSnapshot, what, ": ", std::strerror(error));
+}
+
+// Allocates the whole file now: a shortage is an error here rather than a SIGBUS in the middle of a
+// publish. A signal makes the system undo the call that it interrupts; in small steps a program
+// with a timer still gets on.
+void allocate(int descriptor, std::size_t size) {
+  constexpr std::size_t kStep = std::size_t{16} << 20U;
+  for (std::size_t begin = 0; begin < size; begin += kStep) {
+    const auto step = static_cast<off_t>(std::min(kStep, size - begin));
+    int error = EINTR;
+    while (error == EINTR) error = ::posix_fallocate(descriptor, static_cast<off_t>(begin), step);
+    if (error != 0) fail_system("cannot allocate the memory of a snapshot", error);
+  }
 }
 
 Mapping map(int descriptor, std::size_t nbytes, int protection) {
@@ -100,10 +114,7 @@ Snapshot Snapshot::create(std::size_t nbytes, std::size_t digest_count) {
       FileDescriptor(::memfd_create("kimisys-snapshot", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   const int descriptor = snapshot.descriptor_.get();
   if (descriptor < 0) fail_system("cannot create a snapshot", errno);
-  // Allocated now: a shortage is an error here rather than a SIGBUS in the middle of a publish.
-  if (const int error = ::posix_fallocate(descriptor, 0, static_cast<off_t>(size)); error != 0) {
-    fail_system("cannot allocate the memory of a snapshot", error);
-  }
+  allocate(descriptor, size);
   snapshot.mapping_ = map(descriptor, size, PROT_READ | PROT_WRITE);
   new (snapshot.mapping_.get().address)
       Header{kMagic, kFormat, nbytes, digest_count, 0, kNoVersion};
@@ -150,8 +161,10 @@ void Snapshot::begin(std::uint64_t version) {
   const std::uint64_t sequence = header.sequence.load(std::memory_order_relaxed);
   intact_ = !is_odd(sequence);
   header.sequence.store(sequence + (intact_ ? 1 : 2), std::memory_order_relaxed);
-  // Orders the odd sequence before every data byte that follows.
-  std::atomic_thread_fence(std::memory_order_release);
+  // Orders the odd sequence before every data byte that follows. A release fence would not do: the
+  // executor writes with streaming stores, and on x86 only a full fence (mfence, or a locked
+  // instruction) keeps those from passing an earlier plain store.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
   writing_ = true;
   next_version_ = version;
 }
@@ -166,6 +179,10 @@ void Snapshot::commit(std::span<const std::uint64_t> digests) {
                 digest_count_, " digests, got ", digests.size());
   Header& header = header_of(mapping_);
   if (!digests.empty()) std::memcpy(this->digests(), digests.data(), digests.size_bytes());
+  // The release store below does not wait for streaming stores. Those of this thread are completed
+  // here; other threads complete theirs before they report their work done, as commit() demands:
+  // the executor ends each batch by finish_streaming().
+  std::atomic_thread_fence(std::memory_order_seq_cst);
   header.version.store(next_version_, std::memory_order_relaxed);
   header.sequence.store(header.sequence.load(std::memory_order_relaxed) + 1,
                         std::memory_order_release);

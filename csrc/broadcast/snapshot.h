@@ -42,7 +42,8 @@ class Snapshot {
   // Writer. begin() makes the snapshot unreadable; write data(); commit() publishes `version`.
   // Raises VersionError, and changes nothing, unless `version` is above the last committed one.
   void begin(std::uint64_t version);
-  // `digests` has digest_count() entries.
+  // `digests` has digest_count() entries. Threads other than the caller's that wrote data() have
+  // ended or synchronised with it, their streaming stores fenced (execute() does both).
   void commit(std::span<const std::uint64_t> digests);
   // Takes begin() back: what could be read before it can be read again. Only right while no byte of
   // data() has been written since.

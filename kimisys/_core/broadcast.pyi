@@ -1,10 +1,10 @@
 from collections.abc import Mapping
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
-from kimisys._core.reshard import Layout
+from kimisys._core.reshard import Layout, _Memory
 
 @final
 class Published:
@@ -37,7 +37,7 @@ class Snapshot:
 
 def digest(
     layout: Layout,
-    buffers: Mapping[tuple[int, str], Any],
+    buffers: Mapping[tuple[int, str], _Memory],
     threads: int = 0,
     implementation: str | None = None,
 ) -> npt.NDArray[np.uint64]: ...

@@ -7,6 +7,7 @@ from typing_extensions import Buffer as HasBuffer
 # numpy declares its arrays as buffers from Python 3.12 on only.
 _Memory: TypeAlias = HasBuffer | npt.NDArray[Any]
 
+def itemsize(dtype: str) -> int: ...
 @final
 class Tensor:
     def __init__(self, name: str, dtype: str, shape: Sequence[int]) -> None: ...

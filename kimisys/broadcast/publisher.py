@@ -109,16 +109,17 @@ class Publisher:
 
         Raises:
             VersionError: ``version`` does not increase. BufferMismatchError: a live buffer is
-            missing or has another size. LayoutError: ``threads`` is negative. SnapshotError: the
-            server thread has failed.
+            missing or has another size. LayoutError: ``threads`` is negative. TypeError: an argument
+            has the wrong type. SnapshotError: the server thread has failed.
         """
         started = time.perf_counter()
         self._server.check()
+        live = dict(buffers)  # a mapping's own code, and its errors, come before begin()
         self._snapshot.begin(_integer(version))
         here = {(self.rank, SNAPSHOT_BUFFER): self._snapshot}
         try:
-            self.plan.execute(buffers, here, threads)
-        except (BufferMismatchError, LayoutError):
+            self.plan.execute(live, here, threads)
+        except (BufferMismatchError, LayoutError, TypeError):
             self._snapshot.abort()  # the plan raises these before it writes any byte
             raise
         copied = time.perf_counter()

@@ -18,9 +18,6 @@ from kimisys.reshard import Fragment, Layout, Region
 Box = tuple[tuple[int, int], ...]
 """[begin, end) in each dimension of the tensor."""
 
-Piece = tuple[Fragment, Box]
-"""A part of a fragment."""
-
 
 @dataclass(frozen=True)
 class Round:
@@ -64,53 +61,57 @@ def rounds(layout: Layout) -> list[Round]:
         raise LayoutError(f"no exact cover of {', '.join(map(repr, parts))}: held only in part")
     sizes = {tensor.name: math.prod(tensor.shape) for tensor in layout.tensors}
     counts = element_counts(layout)
-    replicated: dict[str, list[Piece]] = {name: [] for name in counts if counts[name] > sizes[name]}
+    replicated: dict[str, list[Fragment]] = {
+        name: [] for name in counts if counts[name] > sizes[name]
+    }
     first: list[Fragment] = []
     for fragment in layout.fragments:
         if fragment.tensor in replicated:
-            replicated[fragment.tensor].append((fragment, _box(fragment.region)))
+            replicated[fragment.tensor].append(fragment)
         else:
             first.append(fragment)
     table = [(first, list(counts.keys() - replicated.keys()))]
-    for name, pieces in replicated.items():
-        for index, cover in enumerate(_covers(pieces)):
+    for name, fragments in replicated.items():
+        for index, cover in enumerate(_covers(fragments)):
             if index == len(table):
                 table.append(([], []))
-            table[index][0].extend(_trimmed(fragment, box) for fragment, box in cover)
+            table[index][0].extend(cover)
             table[index][1].append(name)
     return [
-        Round(Layout(layout.tensors, layout.buffers, fragments), tuple(sorted(names)))
-        for fragments, names in table
+        Round(Layout(layout.tensors, layout.buffers, counted), tuple(sorted(names)))
+        for counted, names in table
     ]
 
 
-def _covers(pieces: list[Piece]) -> list[list[Piece]]:
-    """Exact covers of one tensor such that each piece is wholly in their union."""
-    covers: list[list[Piece]] = []
-    pending = pieces
+def _covers(fragments: list[Fragment]) -> list[list[Fragment]]:
+    """Exact covers of one tensor, by trimmed fragments, such that every fragment is wholly in their
+    union."""
+    covers: list[list[Fragment]] = []
+    pending = fragments
     while pending:
-        cover: list[Piece] = []
-        left: list[Piece] = []
-        for fragment, box in pending:
+        cover: list[Fragment] = []
+        left: list[Fragment] = []
+        for fragment in pending:
+            box = _box(fragment.region)
             left += [
-                (fragment, common)
-                for _, taken in cover
-                if (common := _intersection(box, taken)) is not None
+                _trimmed(fragment, common)
+                for taken in cover
+                if (common := _intersection(box, _box(taken.region))) is not None
             ]
-            cover += _uncovered((fragment, box), cover)
-        for piece in pieces:  # counted before, but this cover lacks them
-            cover += _uncovered(piece, cover)
+            cover += _uncovered(fragment, cover)
+        for fragment in fragments:  # counted before, but this cover lacks them
+            cover += _uncovered(fragment, cover)
         covers.append(cover)
         pending = left
     return covers
 
 
-def _uncovered(piece: Piece, cover: list[Piece]) -> list[Piece]:
-    fragment, box = piece
-    boxes = [box] if all(begin < end for begin, end in box) else []
-    for _, taken in cover:
-        boxes = [rest for box in boxes for rest in _difference(box, taken)]
-    return [(fragment, box) for box in boxes]
+def _uncovered(fragment: Fragment, cover: list[Fragment]) -> list[Fragment]:
+    boxes = [_box(fragment.region)] if fragment.region.elements else []
+    for taken in cover:
+        hole = _box(taken.region)
+        boxes = [rest for box in boxes for rest in _difference(box, hole)]
+    return [_trimmed(fragment, box) for box in boxes]
 
 
 def _box(region: Region) -> Box:

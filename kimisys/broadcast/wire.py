@@ -32,6 +32,7 @@ _LENGTH = struct.Struct("<Q")
 _MANIFEST_LIMIT = 1 << 30  # bytes; a layout of a million fragments has about 2^28
 _PATH_LIMIT = 107  # bytes of sockaddr_un.sun_path, less the final zero
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_ACCEPT_PAUSE = 0.05  # seconds until a failed accept is tried again
 
 _log = logging.getLogger(__name__)
 
@@ -44,8 +45,11 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
-        """Seconds left, at least a moment: a wait that begins late still fails as a timeout."""
-        return max(self._end - time.monotonic(), 1e-3)
+        """Seconds left, more than 0. Raises TimeoutError when there are none."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"not done within {self.seconds:g} s")
+        return left
 
 
 def fingerprint(layout: Layout) -> str:
@@ -164,8 +168,6 @@ def _connect(connection: socket.socket, address: Path, deadline: Deadline) -> No
         try:
             return connection.connect(os.fspath(address))
         except BlockingIOError:  # the listener's backlog is full
-            if deadline.remaining() <= 1e-3:
-                raise TimeoutError from None
             time.sleep(min(0.01, deadline.remaining()))
 
 
@@ -183,7 +185,9 @@ def _receive(connection: socket.socket, count: int, deadline: Deadline) -> bytes
 class Server:
     """Hands one payload and one descriptor to everyone of our user who connects.
 
-    The thread's error, if it ends by one, is raised by the next ``check`` or ``close``.
+    What keeps the thread from accepting subscribers is raised by the next ``check`` or ``close``.
+    It ends the thread unless it may pass, like a lack of descriptors: then the thread tries on, and
+    forgets the error when it has accepted the next subscriber.
     """
 
     def __init__(
@@ -203,13 +207,18 @@ class Server:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises SnapshotError, once, if the thread ended by an error."""
+        """Raises SnapshotError, once, if the thread met an error."""
         error, self._error = self._error, None
-        if error is not None:
-            raise SnapshotError(
-                f"the publisher's server at {self.address} failed: {error!r}; subscribers can no "
-                "longer connect: close this publisher and make a new one"
-            ) from error
+        if error is None:
+            return
+        if self._thread.is_alive() and not self._closed:
+            remedy = "it tries on: mend the cause and publish again"
+        else:
+            remedy = "close this publisher and make a new one"
+        raise SnapshotError(
+            f"the publisher's server at {self.address} failed: {error!r}; subscribers cannot "
+            f"connect: {remedy}"
+        ) from error
 
     def close(self) -> None:
         """Ends the thread and removes the socket file. Idempotent; raises what ``check`` raises."""
@@ -236,7 +245,14 @@ class Server:
                     ready = {key.fileobj for key, _ in selector.select()}
                     if self._woken in ready:
                         return
-                    connection, _ = self._listener.accept()
+                    try:
+                        connection, _ = self._listener.accept()
+                    except OSError as error:
+                        # Never the close, which asks by self._woken: it may pass (EMFILE, ENOMEM).
+                        self._error = error
+                        time.sleep(_ACCEPT_PAUSE)
+                        continue
+                    self._error = None
                     with connection:
                         self._answer(connection)
         except BaseException as error:

@@ -70,6 +70,7 @@ class Fleet:
             dtype=self._config.wire_dtype,
             max_length=int(self._hf_config["max_position_embeddings"]),
             seed=self._config.seed,
+            timeout_seconds=self._timeout,
         )
         self._engine = spawn(EngineActor, environment(), config, concurrent_calls=8)
         self._starting = self._engine.start.remote()

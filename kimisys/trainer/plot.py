@@ -24,8 +24,8 @@ def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None
     )
     ends = [0, summary.steps]
     for before, after, mark, label in (
-        (summary.pass_rate_before, summary.pass_rate_after, "o", "held out, temperature 1"),
-        (summary.greedy_before, summary.greedy_after, "s", "held out, greedy"),
+        (summary.pass_rate_before, summary.pass_rate_after, "C1o", "held out, temperature 1"),
+        (summary.greedy_before, summary.greedy_after, "C2s", "held out, greedy"),
     ):
         rate.plot(ends, [before, after], mark, label=label)
     rate.set(xlabel="RL step", ylabel="pass rate", ylim=(0, 1.02), title="Pass rate")
@@ -35,6 +35,7 @@ def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None
     series = [[getattr(s, phase) for s in steps] for phase in phases]
     time.stackplot(numbers, series, labels=[p.removesuffix("_seconds") for p in phases], alpha=0.85)
     time.set(xlabel="RL step", ylabel="seconds", title="Where a step's time goes")
-    time.legend(loc="upper right")
+    time.set_ylim(0, 1.4 * time.get_ylim()[1])
+    time.legend(loc="upper center", ncols=len(phases))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -22,7 +22,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from worlds import allocate, split
-from kimisys.broadcast import Publisher, snapshot_layout
+from kimisys.broadcast import Publisher, publisher as module, snapshot_layout
 
 live = split("w", "uint8", (64, 64), 0, 1)
 publisher = Publisher(live, snapshot_layout(live), 0, Path(sys.argv[2]))
@@ -30,14 +30,14 @@ publisher.publish(1, allocate(live, 1))
 print("published", flush=True)
 sys.stdin.readline()
 
-class Stuck(dict):
-    # publish() asks for the live buffers when it has begun: here it gets no further.
-    def __getitem__(self, key):
-        publisher.memory[:100] = bytes(100)
-        print("half", flush=True)
-        time.sleep(600)
+def stuck(*arguments):
+    # publish() has begun and written, and gets no further.
+    publisher.memory[:100] = bytes(100)
+    print("half", flush=True)
+    time.sleep(600)
 
-publisher.publish(2, Stuck(allocate(live, 2)))
+module.digest = stuck
+publisher.publish(2, allocate(live, 2))
 """
 
 

@@ -251,6 +251,22 @@ def test_refused_versions_change_nothing(folder: Path, version: object) -> None:
         Subscriber(peers, destination, 0).pull(1, allocate(destination))
 
 
+class Broken(Mapping[tuple[int, str], object]):
+    """Knows its keys, and fails when asked for a value."""
+
+    def __init__(self, buffers: Mapping[tuple[int, str], object]) -> None:
+        self._buffers = buffers
+
+    def __getitem__(self, key: tuple[int, str]) -> object:
+        raise RuntimeError("no value")
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
 def test_wrong_buffers_leave_the_last_version_readable(folder: Path) -> None:
     destination = engine(1)
     live = scatter(LIVE, numbers(1))
@@ -263,6 +279,9 @@ def test_wrong_buffers_leave_the_last_version_readable(folder: Path) -> None:
             trainers[0].publish(2, live | {(0, "rows"): np.zeros(3, np.uint8)})
         with pytest.raises(LayoutError, match="threads"):
             trainers[0].publish(2, live, -1)
+        for buffers, threads in ((None, 0), (live, "x"), (live, 1 << 70), (Broken(live), 0)):
+            with pytest.raises((TypeError, RuntimeError)):
+                trainers[0].publish(2, buffers, threads)  # type: ignore[arg-type]
         assert trainers[0].version == 1
         subscriber.pull(1, allocate(destination))
         with pytest.raises(BufferMismatchError, match="'columns' of rank 0 is missing"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import stat
 import struct
@@ -145,6 +146,13 @@ def manifest(**changes: object) -> bytes:
     return json.dumps(fields | changes).encode()
 
 
+def trickle(connection: socket.socket) -> None:
+    """A manifest that comes byte by byte and does not end before the other side hangs up."""
+    sends(b"", length=1 << 30)(connection)
+    while True:
+        connection.sendall(b" ")
+
+
 def sends(payload: bytes, length: int | None = None, nbytes: int = 16, digests: int = 1):
     def answer(connection: socket.socket) -> None:
         memory = Snapshot.create(nbytes, digests)
@@ -157,8 +165,13 @@ def sends(payload: bytes, length: int | None = None, nbytes: int = 16, digests: 
 
 @pytest.mark.parametrize(
     "answer",
-    [lambda connection: None, sends(b"{", length=9), lambda c: c.sendall(b"\0\0\0")],
-    ids=["nothing", "half a manifest", "half a length"],
+    [
+        lambda connection: None,
+        sends(b"{", length=9),
+        lambda c: c.sendall(b"\0\0\0"),
+        lambda connection: trickle(connection),
+    ],
+    ids=["nothing", "half a manifest", "half a length", "a trickle"],
 )
 def test_silent_peers_hit_the_deadline_and_are_named(
     folder: Path, answer: Callable[[socket.socket], None]
@@ -283,6 +296,55 @@ def test_a_client_that_goes_away_does_not_end_the_server(folder: Path) -> None:
         for _ in range(3):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
                 client.connect(str(folder / "a"))
+        connect_both(folder)
+
+
+def client(address: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(20)
+    connection.connect(str(address))
+    return connection
+
+
+def test_a_client_that_reads_a_trickle_is_cut_off_and_the_next_one_served(folder: Path) -> None:
+    payload = bytes(16 << 20)
+    with open(os.devnull) as file:
+        server = wire.Server(folder / "a", payload, file.fileno(), timeout_seconds=0.2)
+        with client(server.address) as slow, client(server.address) as waiting:
+            received = 0
+            while slow.recv(1):
+                received += 1
+            assert received < len(payload)
+            assert waiting.recv(8) == struct.pack("<Q", len(payload))
+        server.close()
+
+
+def test_a_deadline_that_has_passed_leaves_no_time() -> None:
+    assert 0 < wire.Deadline(10).remaining() <= 10
+    with pytest.raises(TimeoutError, match="within 0 s"):
+        wire.Deadline(0).remaining()
+
+
+def test_a_lack_of_descriptors_is_reported_and_passes(folder: Path) -> None:
+    live = allocate(LIVE.of_rank(0), 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with publisher(folder / "a") as one:
+        waiting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        waiting.settimeout(20)
+        with waiting:
+            lowest = os.dup(waiting.fileno())
+            os.close(lowest)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+            try:
+                waiting.connect(str(folder / "a"))
+                with pytest.raises(SnapshotError, match=r"Too many open files.*it tries on"):
+                    for version in range(1000):
+                        one.publish(version, live)
+                        threading.Event().wait(0.01)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert len(waiting.recv(8)) == 8
+        one.publish(1000, live)
         connect_both(folder)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -95,19 +96,42 @@ def test_a_frozen_engine_is_reported(tmp_path: Path) -> None:
     assert "the engine was frozen" in output
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_everything(tmp_path: Path, sent: signal.Signals) -> None:
+def folders_left_behind() -> list[Path]:
+    own = [*Path("/tmp").glob("kimisys-ray-*"), *Path(tempfile.gettempdir()).glob("kimisys-*")]
+    return [folder for folder in own if folder not in PRESENT]
+
+
+PRESENT = {*Path("/tmp").glob("kimisys-*"), *Path(tempfile.gettempdir()).glob("kimisys-*")}
+
+
+@pytest.mark.parametrize(
+    ("sent", "whole_group", "moment"),
+    [
+        (signal.SIGINT, True, "starting Megatron"),  # what a terminal sends on Ctrl-C
+        (signal.SIGTERM, False, "supervised warm-up"),
+        (signal.SIGINT, True, "1/1000"),
+    ],
+)
+def test_an_interrupt_ends_everything(
+    tmp_path: Path, sent: signal.Signals, whole_group: bool, moment: str
+) -> None:
     out = tmp_path / "run"
     run = start(out, "--steps", "1000")
     assert run.stdout is not None
     lines = []
     for line in run.stdout:
         lines.append(line)
-        if "supervised warm-up" in line:
+        if moment in line:
             break
-    os.kill(run.pid, sent)
-    rest, _ = run.communicate(timeout=60)
+    if whole_group:
+        os.killpg(run.pid, sent)
+    else:
+        os.kill(run.pid, sent)
+    rest, _ = run.communicate(timeout=90)
     assert run.returncode == 130, "".join(lines) + rest
     assert "interrupted" in rest
     assert "Traceback" not in rest
     assert wait_for_nothing(out) == []
+    assert folders_left_behind() == []
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"].startswith("KeyboardInterrupt")

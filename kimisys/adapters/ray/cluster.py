@@ -42,7 +42,8 @@ def local_cluster(cpus: int) -> Iterator[None]:
             "kimisys.adapters.ray first, or set RAY_AUTH_MODE=token"
         )
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    folder = tempfile.mkdtemp(prefix="kimisys-ray-")
+    # below /tmp whatever TMPDIR says: Ray's socket paths have 107 bytes
+    folder = tempfile.mkdtemp(prefix=f"kimisys-ray-{os.getpid()}-", dir="/tmp")
     try:
         ray.init(
             address="local",

@@ -65,7 +65,7 @@ class EngineConfig:
     seed: int = 0
     """Of sampling, for calls that give none."""
     timeout_seconds: float = 600.0
-    """Longest wait of a call for the engine (for its turn, too), and of the engine for its ranks."""
+    """Longest wait of a call for the engine, its turn included, and of the engine for its ranks."""
 
 
 class Engine:

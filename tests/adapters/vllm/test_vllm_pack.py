@@ -102,6 +102,59 @@ def test_embeddings_tied_or_untied_while_loading_are_refused(folders: dict[str, 
         Packer(untied.module, fresh(untied))
 
 
+class Derives(torch.nn.Module):
+    """Doubles its weight after loading, into a place that its constructor made."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+        if kind == "buffer":
+            self.register_buffer("doubled", torch.zeros(3))
+        elif kind == "attribute":
+            self.doubled = torch.zeros(3)
+        elif kind == "list":
+            self.doubled = [torch.zeros(3)]
+        elif kind == "dictionary":
+            self.doubled = {"w": (torch.zeros(3),)}
+
+
+class DerivesByHook(Derives):
+    """As vLLM's MLA does, and says so."""
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "list", "dictionary"])
+def test_derived_state_of_unchanged_shape_is_refused_by_name(kind: str) -> None:
+    """Nothing shows that it depends on weights; so what is not known to be constant is refused."""
+    with torch.device("meta"):
+        expected = torch.nn.Sequential(Derives(kind))
+    with pytest.raises(LayoutError, match=r"\['0\.doubled'\]"):
+        Packer(torch.nn.Sequential(Derives(kind)), expected)
+
+
+def test_a_hook_of_a_module_s_own_is_refused_by_name() -> None:
+    assert Packer(Derives("nothing"), Derives("nothing")).shapes.keys() == {"weight"}
+    with pytest.raises(LayoutError, match=r"\"'' \(derived by DerivesByHook\)\""):
+        Packer(DerivesByHook("nothing"), DerivesByHook("nothing"))
+    running = Derives("nothing")
+    running.process_weights_after_loading = print  # type: ignore[assignment]
+    with pytest.raises(LayoutError, match="derived by Derives"):
+        Packer(running, Derives("nothing"))
+
+
+def test_rotary_angles_of_another_length_are_refused(folders: dict[str, Path]) -> None:
+    running = loaded(folders["tied"], 1)
+    rope: Any = running.module.get_submodule("model.layers.0.self_attn.rotary_emb")
+    expected = fresh(running)
+    rope.cos_sin_cache = rope.cos_sin_cache[:5]
+    with pytest.raises(
+        LayoutError, match=r"model\.layers\.0\.self_attn\.rotary_emb\.cos_sin_cache"
+    ):
+        Packer(running.module, expected)
+
+
 def test_what_cannot_be_derived_again_is_refused_by_name(folders: dict[str, Path]) -> None:
     def refused(change: Any, match: str) -> None:
         running = loaded(folders["tied"], 1)

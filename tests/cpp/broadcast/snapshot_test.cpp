@@ -2,13 +2,17 @@
 
 #include <doctest/doctest.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <array>
+#include <chrono>
+#include <csignal>
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <thread>
 
 #include "base/error.h"
 #include "expect.h"
@@ -110,6 +114,29 @@ TEST_CASE("misuse is refused") {
   expect_error(ErrorCode::kSnapshot, {}, [&] { writer.commit({}); });
   expect_error(ErrorCode::kSnapshot, {}, [] { Snapshot::create(std::size_t{1} << 62U, 0); });
   expect_error(ErrorCode::kSnapshot, {}, [] { Snapshot::open(-1); });
+}
+
+TEST_CASE("signals during the allocation do not fail it") {
+  struct sigaction before{};
+  struct sigaction ignoring{};
+  ignoring.sa_handler = [](int) {};  // without SA_RESTART, so that system calls are interrupted
+  REQUIRE(::sigaction(SIGUSR1, &ignoring, &before) == 0);
+  const pthread_t target = ::pthread_self();
+  std::thread sender([target] {
+    for (int i = 0; i < 100; ++i) {
+      ::pthread_kill(target, SIGUSR1);
+      std::this_thread::sleep_for(std::chrono::microseconds(500));
+    }
+  });
+  std::size_t nbytes = 0;
+  try {
+    nbytes = Snapshot::create(std::size_t{128} << 20U, 0).data().size();
+  } catch (const Error& error) {
+    CHECK_MESSAGE(false, error.what());
+  }
+  sender.join();
+  ::sigaction(SIGUSR1, &before, nullptr);
+  CHECK(nbytes == std::size_t{128} << 20U);
 }
 
 TEST_CASE("nobody can change the size, nor write through the descriptor") {
