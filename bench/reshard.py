@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bench.harness import Case
-from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, plan
+from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, itemsize, plan
 
 MIB = 1 << 20
 
@@ -16,7 +16,7 @@ MIB = 1 << 20
 def matrix(rows: int, columns: int, dtype: str, rank: int, parts: int, axis: int) -> Layout:
     """A [rows, columns] matrix cut along `axis` into `parts` equal shards on ranks `rank`, `rank +
     1`, ..."""
-    size = {"float32": 4, "bfloat16": 2}[dtype]
+    size = itemsize(dtype)
     shape = [rows, columns]
     shape[axis] //= parts
     fragments, buffers = [], []

@@ -54,8 +54,8 @@ constexpr std::size_t data_offset(std::size_t digest_count) {
 }
 
 // Allocates the whole file now: a shortage is an error here rather than a SIGBUS in the middle of a
-// publish. A signal makes the system undo the call that it interrupts; in small steps a program
-// with a timer still gets on.
+// publish. Some kernels let a signal interrupt the call and undo what it did so far; in small steps
+// a program with a timer still gets on.
 void allocate(int descriptor, std::size_t size) {
   constexpr std::size_t kStep = std::size_t{16} << 20U;
   for (std::size_t begin = 0; begin < size; begin += kStep) {
@@ -162,8 +162,8 @@ void Snapshot::begin(std::uint64_t version) {
   intact_ = !is_odd(sequence);
   header.sequence.store(sequence + (intact_ ? 1 : 2), std::memory_order_relaxed);
   // Orders the odd sequence before every data byte that follows. A release fence would not do: the
-  // executor writes with streaming stores, and on x86 only a full fence (mfence, or a locked
-  // instruction) keeps those from passing an earlier plain store.
+  // executor writes with streaming stores, and on x86 only a full fence (mfence or a locked
+  // instruction, as the compiler likes) keeps those from passing an earlier plain store.
   std::atomic_thread_fence(std::memory_order_seq_cst);
   writing_ = true;
   next_version_ = version;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from kimisys.errors import LayoutError
-from kimisys.reshard import Buffer, Fragment, Layout, Padding, Tensor
+from kimisys.reshard import Buffer, Fragment, Layout, Padding, Tensor, itemsize
 
 SNAPSHOT_BUFFER = "snapshot"
 """Name of the one buffer that each rank publishes."""
@@ -13,16 +13,6 @@ SNAPSHOT_BUFFER = "snapshot"
 ALIGNMENT = 64
 """Bytes: every live buffer begins on a cache line of the snapshot."""
 
-_ITEMSIZE = {
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "uint8": 1,
-    "int8": 1,
-    "int32": 4,
-    "int64": 8,
-}
 _FLOATING = {"float32", "bfloat16", "float16", "float8_e4m3fn"}
 _CASTABLE = {"float32", "bfloat16"}
 
@@ -99,8 +89,8 @@ def _buffer_scales(live: Layout, wire: dict[str, str]) -> dict[tuple[int, str], 
     factors: dict[tuple[int, str], tuple[int, int, str]] = {}
     for fragment in live.fragments:
         where = fragment.rank, fragment.buffer
-        size = _ITEMSIZE[dtypes[fragment.tensor]]
-        wire_size = _ITEMSIZE[wire[fragment.tensor]]
+        size = itemsize(dtypes[fragment.tensor])
+        wire_size = itemsize(wire[fragment.tensor])
         known_size, known_wire, first = factors.setdefault(
             where, (size, wire_size, fragment.tensor)
         )

@@ -109,8 +109,8 @@ class Publisher:
 
         Raises:
             VersionError: ``version`` does not increase. BufferMismatchError: a live buffer is
-            missing or has another size. LayoutError: ``threads`` is negative. TypeError: an argument
-            has the wrong type. SnapshotError: the server thread has failed.
+            missing or has another size. LayoutError: ``threads`` is negative. TypeError: an
+            argument has the wrong type. SnapshotError: the server thread has failed.
         """
         started = time.perf_counter()
         self._server.check()

@@ -238,7 +238,8 @@ class Server:
 
     def _run(self) -> None:
         try:
-            with selectors.DefaultSelector() as selector, self._woken:
+            # poll, as epoll would need a descriptor, and these may run out.
+            with selectors.PollSelector() as selector, self._woken:
                 selector.register(self._listener, selectors.EVENT_READ)
                 selector.register(self._woken, selectors.EVENT_READ)
                 while True:

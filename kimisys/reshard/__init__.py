@@ -17,6 +17,7 @@ from kimisys._core.reshard import (
     Region,
     Tensor,
     implementations,
+    itemsize,
     plan,
     prove,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Region",
     "Tensor",
     "implementations",
+    "itemsize",
     "plan",
     "prove",
 ]

@@ -23,20 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from kimisys.errors import CheckpointError, KimisysError, LayoutError
-from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor
+from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, itemsize
 
 _DTYPES = {
-    "F32": ("float32", 4),
-    "BF16": ("bfloat16", 2),
-    "F16": ("float16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "U8": ("uint8", 1),
-    "I8": ("int8", 1),
-    "I32": ("int32", 4),
-    "I64": ("int64", 8),
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "U8": "uint8",
+    "I8": "int8",
+    "I32": "int32",
+    "I64": "int64",
 }
-_CODES = {name: code for code, (name, _) in _DTYPES.items()}
-_SIZES: dict[str, int] = dict(_DTYPES.values())
+_CODES = {name: code for code, name in _DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
 
@@ -157,7 +156,7 @@ def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int
     """The tensor that header entry `entry` describes, and where its bytes start in the data
     section."""
     try:
-        dtype, size = _DTYPES[entry["dtype"]]
+        dtype = _DTYPES[entry["dtype"]]
         shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
         tensor = Tensor(name, dtype, shape)
         if any(type(number) is not int for number in (*shape, start, end)):
@@ -166,9 +165,10 @@ def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int
         raise CheckpointError(
             f"{file}: the entry of {name!r} is malformed or of an unknown dtype: {entry}"
         ) from error
-    if start < 0 or min(shape, default=0) < 0 or end - start != prod(shape) * size:
+    needed = prod(shape) * itemsize(dtype)
+    if start < 0 or min(shape, default=0) < 0 or end - start != needed:
         raise CheckpointError(
-            f"{file}: {name!r} of {entry['dtype']}{list(shape)} needs {prod(shape) * size} bytes, "
+            f"{file}: {name!r} of {entry['dtype']}{list(shape)} needs {needed} bytes, "
             f"its header gives [{start}, {end})"
         )
     if end > nbytes:
@@ -182,7 +182,7 @@ def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int
 def _whole(tensor: Tensor, file: str, start: int) -> Fragment:
     """The fragment of a whole tensor stored row-major at byte `start` of `file`."""
     shape = tuple(tensor.shape)
-    size = _SIZES[tensor.dtype]
+    size = itemsize(tensor.dtype)
     strides = [prod(shape[axis + 1 :]) * size for axis in range(len(shape))]
     return Fragment(tensor.name, Region([0] * len(shape), shape), 0, file, start, strides)
 
@@ -190,8 +190,8 @@ def _whole(tensor: Tensor, file: str, start: int) -> Fragment:
 def _plan_file(tensors: Sequence[Tensor]) -> tuple[bytes, dict[str, int], int]:
     header, starts, end = {}, {}, 0
     # the widest dtypes first, so that every tensor is aligned to its element
-    for tensor in sorted(tensors, key=lambda t: (-_SIZES[t.dtype], t.name)):
-        nbytes = prod(tensor.shape) * _SIZES[tensor.dtype]
+    for tensor in sorted(tensors, key=lambda t: (-itemsize(t.dtype), t.name)):
+        nbytes = prod(tensor.shape) * itemsize(tensor.dtype)
         starts[tensor.name] = end
         header[tensor.name] = {
             "dtype": _CODES[tensor.dtype],

@@ -20,7 +20,7 @@ from kimisys.trainer.display import Display
 from kimisys.trainer.fleet import Fleet, Sync
 from kimisys.trainer.initial import write_initial_checkpoint
 from kimisys.trainer.megatron_rank import Improvement
-from kimisys.trainer.metrics import MetricsLog, StepMetrics, Summary, write_json
+from kimisys.trainer.metrics import StepMetrics, Summary, append_metrics, write_json
 from kimisys.trainer.plot import plot_run
 from kimisys.trainer.rollout import Rollouts, sample
 from kimisys.trainer.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ class Master:
         with (
             local_cluster(cpus=2),
             Fleet(config, self._hf_config, initial) as fleet,
-            MetricsLog(self._out / "metrics.jsonl") as log,
+            open(self._out / "metrics.jsonl", "a", encoding="utf-8") as log,
         ):
             fleet.start_engine()  # comes up while the ranks warm up
             fleet.start_ranks()
@@ -122,7 +122,7 @@ class Master:
             for step in range(1, config.steps + 1):
                 metrics = self._step(fleet, step)
                 self._steps.append(metrics)
-                log.append(metrics)
+                append_metrics(log, metrics)
                 display.step(metrics)
             self._evaluate(fleet, "after RL")
             display.phase("saving the weights")
@@ -263,6 +263,7 @@ class Master:
     def _evaluate(self, fleet: Fleet, when: str) -> None:
         """Pass rates on the held-out problems: sampled at temperature 1, and greedy."""
         self._display.phase(f"measuring {self._config.held_out} held-out problems {when}")
+        seed = 2 * self._config.seed + len(self._rates)  # else equal weights would answer equally
         sampled, greedy = (
             sample(
                 fleet,
@@ -271,7 +272,7 @@ class Master:
                 1,
                 temperature,
                 self._task.max_completion_tokens,
-                self._config.seed,
+                seed,
                 self._served,
             ).pass_rate
             for temperature in (1.0, 0.0)

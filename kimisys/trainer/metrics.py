@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import TextIO
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,10 @@ class Summary:
     seed: int
 
 
-class MetricsLog:
-    """Appends StepMetrics to a JSONL file, line by line."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-
-    def append(self, metrics: StepMetrics) -> None:
-        self._stream.write(json.dumps(asdict(metrics)) + "\n")
-        self._stream.flush()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stream.close()
+def append_metrics(stream: TextIO, metrics: StepMetrics) -> None:
+    """Add one line of JSON to `stream`, for others to read at once."""
+    stream.write(json.dumps(asdict(metrics)) + "\n")
+    stream.flush()
 
 
 def write_json(path: Path, record: object) -> None:

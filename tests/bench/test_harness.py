@@ -67,6 +67,17 @@ def test_json_and_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run("no-such-benchmark") == 2
 
 
+def test_a_digest_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broadcast = importlib.import_module("bench.broadcast")
+    right = broadcast.digest
+
+    def constant(layout: object, buffers: object, implementation: str | None = None) -> object:
+        return right(layout, buffers, implementation=implementation) * (implementation == "naive")
+
+    monkeypatch.setattr(broadcast, "digest", constant)
+    assert not measure("b", broadcast.digesting("bfloat16", 1 << 16), repeats=1).correct
+
+
 def test_the_shipped_cases_give_right_answers() -> None:
     reshard = importlib.import_module("bench.reshard")
     broadcast = importlib.import_module("bench.broadcast")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from worlds import allocate, split, whole
@@ -319,10 +321,17 @@ def test_a_client_that_reads_a_trickle_is_cut_off_and_the_next_one_served(folder
         server.close()
 
 
-def test_a_deadline_that_has_passed_leaves_no_time() -> None:
-    assert 0 < wire.Deadline(10).remaining() <= 10
-    with pytest.raises(TimeoutError, match="within 0 s"):
-        wire.Deadline(0).remaining()
+def test_data_that_keeps_coming_does_not_move_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte per read and one second per look at the clock: the data outlasts the deadline."""
+    clock = itertools.count()
+    monkeypatch.setattr(wire, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        for _ in range(20):
+            theirs.send(b".")
+        with pytest.raises(TimeoutError, match="not done within 10 s"):
+            wire._receive(ours, 100, wire.Deadline(10))
+        assert ours.recv(1) == b"."  # not all of it was waited for
 
 
 def test_a_lack_of_descriptors_is_reported_and_passes(folder: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sample_layouts import elements, layouts, pairs, shapes, sharded
 
 from kimisys.errors import LayoutError
-from kimisys.reshard import Buffer, Fragment, Layout, Padding, Place, Region, Tensor
+from kimisys.reshard import Buffer, Fragment, Layout, Padding, Place, Region, Tensor, itemsize
 
 
 def test_values_print_compare_and_hash() -> None:
@@ -229,3 +229,11 @@ def test_any_changed_value_is_a_layout_or_a_layout_error(data: st.DataObject) ->
     except LayoutError:
         return
     assert Layout.from_json(layout.to_json()) == layout
+
+
+def test_itemsize_knows_every_dtype_and_refuses_others() -> None:
+    sizes = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "uint8": 1, "int8": 1}
+    for dtype, size in (sizes | {"int32": 4, "int64": 8}).items():
+        assert itemsize(dtype) == size == Tensor("t", dtype, [1]).nbytes
+    with pytest.raises(LayoutError, match="float64"):
+        itemsize("float64")
