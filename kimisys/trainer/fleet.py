@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimisys.adapters.ray import kill, share, spawn, wait
+from kimisys.adapters.ray import kill, share, signals_deferred, spawn, wait
 from kimisys.adapters.vllm.engine import EngineConfig
 from kimisys.adapters.vllm.environment import environment
 from kimisys.broadcast import Subscriber, connect
@@ -46,7 +48,9 @@ class Fleet:
     ) -> None:
         self._config, self._hf_config, self._folder = config, hf_config, model_folder
         self._timeout = config.ready_timeout
-        self._sockets = Path(tempfile.mkdtemp(prefix="kimisys-"))  # mode 0700
+        self._sockets = (
+            Path(tempfile.gettempdir()) / f"kimisys-{os.getpid()}-{secrets.token_hex(4)}"
+        )
         self._ranks: list[Any] = []
         self._engine: Any = None
         self._starting: Any = None
@@ -55,7 +59,8 @@ class Fleet:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        with signals_deferred():
+            self.close()
 
     def start_engine(self) -> None:
         """Begin to start the engine; `connect` waits for it."""
@@ -84,6 +89,7 @@ class Fleet:
 
     def connect(self) -> None:
         """Open a publisher at every rank and let the engine, once started, plan its pull."""
+        self._sockets.mkdir(mode=0o700)
         snapshots = self.on_ranks("snapshot", self._config.wire_dtype)
         self.on_ranks("open_publisher", snapshots, str(self._sockets))
         addresses = [str(address) for address in self._addresses]

@@ -82,6 +82,7 @@ def test_a_short_run(tmp_path: Path, wire_dtype: str) -> None:
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "pass rate" in output
     assert wait_for_nothing(out) == []
+    assert folders_left_behind(run.pid) == []
 
 
 def test_a_frozen_engine_is_reported(tmp_path: Path) -> None:
@@ -96,12 +97,13 @@ def test_a_frozen_engine_is_reported(tmp_path: Path) -> None:
     assert "the engine was frozen" in output
 
 
-def folders_left_behind() -> list[Path]:
-    own = [*Path("/tmp").glob("kimisys-ray-*"), *Path(tempfile.gettempdir()).glob("kimisys-*")]
-    return [folder for folder in own if folder not in PRESENT]
-
-
-PRESENT = {*Path("/tmp").glob("kimisys-*"), *Path(tempfile.gettempdir()).glob("kimisys-*")}
+def folders_left_behind(pid: int) -> list[Path]:
+    """What a run with this process id made for sockets and for Ray."""
+    return [
+        f
+        for where in {"/tmp", tempfile.gettempdir()}
+        for f in Path(where).glob(f"kimisys*-{pid}-*")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,6 @@ def test_an_interrupt_ends_everything(
     assert "interrupted" in rest
     assert "Traceback" not in rest
     assert wait_for_nothing(out) == []
-    assert folders_left_behind() == []
+    assert folders_left_behind(run.pid) == []
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"].startswith("KeyboardInterrupt")

@@ -10,8 +10,9 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,22 +44,49 @@ def local_cluster(cpus: int) -> Iterator[None]:
         )
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # below /tmp whatever TMPDIR says: Ray's socket paths have 107 bytes
-    folder = tempfile.mkdtemp(prefix=f"kimisys-ray-{os.getpid()}-", dir="/tmp")
+    folder = f"/tmp/kimisys-ray-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-            object_store_memory=256 << 20,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with signals_deferred():
+            os.mkdir(folder, 0o700)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+                object_store_memory=256 << 20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         yield
     finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        with signals_deferred():
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM that come inside the block are delivered after it.
+
+    What starts or ends processes must not stop half-way. It also puts the handlers back: Ray's
+    core installs one for SIGTERM that aborts the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def spawn(
