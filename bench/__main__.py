@@ -43,7 +43,7 @@ def run(
         json_file: Also write the records to this file.
         repeats: Timed runs of each side.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     if not name:
         for each in names():
             summary = (importlib.import_module(f"bench.{each}").__doc__ or "").partition("\n")[0]

@@ -32,7 +32,7 @@ def main() -> None:
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     """Run the reference recipe: a short SFT, then RL, of a small Qwen3 on arithmetic."""
     started = time.monotonic()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         config.check()
