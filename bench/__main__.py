@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 
 def run(
-    name: Annotated[str, tyro.conf.Positional] = "",
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = "",
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     repeats: int = 9,
 ) -> int:
@@ -51,6 +51,9 @@ def run(
         return 0
     if name not in names():
         console.print(f"there is no benchmark {name!r}; there are: {', '.join(names())}")
+        return 2
+    if json_file is not None and not json_file.parent.is_dir():
+        console.print(f"--json: there is no folder {json_file.parent}")
         return 2
     records = []
     for case in importlib.import_module(f"bench.{name}").cases():

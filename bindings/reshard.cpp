@@ -64,7 +64,9 @@ void bind_tables(py::module_& module) {
                             "A logical parameter in checkpoint coordinates: name, dtype, shape.");
   tensor
       .def(py::init([](std::string name, const std::string& dtype, Dims shape) {
-             return Tensor{std::move(name), parse_dtype(dtype), std::move(shape)};
+             Tensor made{std::move(name), parse_dtype(dtype), std::move(shape)};
+             check_tensor(made);
+             return made;
            }),
            py::arg("name"), py::arg("dtype"), py::arg("shape"))
       .def_readonly("name", &Tensor::name)

@@ -43,11 +43,6 @@ constexpr std::int64_t itemsize(DType dtype) {
   return 0;
 }
 
-constexpr bool is_floating(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16 ||
-         dtype == DType::kFloat8E4M3FN;
-}
-
 // Equal dtypes of any kind, float32 -> bfloat16, bfloat16 -> float32.
 constexpr bool can_cast(DType from, DType to) {
   return from == to || (from == DType::kFloat32 && to == DType::kBFloat16) ||

@@ -1,6 +1,7 @@
 #include "base/thread_pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -115,7 +116,10 @@ Pool& shared_pool() {
 }  // namespace
 
 std::size_t hardware_threads() {
-  return std::max<std::size_t>(1, std::thread::hardware_concurrency());
+  cpu_set_t allowed;  // not hardware_concurrency, which counts processors this process may not use
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return 1;
+  return static_cast<std::size_t>(std::max(1, CPU_COUNT(&allowed)));
 }
 
 void parallel_for(std::size_t count, std::size_t threads,

@@ -26,18 +26,6 @@ std::int64_t product(const Dims& dims) {
   return total;
 }
 
-void check_tensor(const Tensor& tensor) {
-  KIMISYS_CHECK(!tensor.name.empty(), kBad, "a tensor has an empty name; give it one");
-  KIMISYS_CHECK(tensor.shape.size() <= kMaxDims, kBad, "tensor '", tensor.name, "' has ",
-                tensor.shape.size(), " dimensions; at most ", kMaxDims, " are supported");
-  for (const std::int64_t size : tensor.shape) {
-    KIMISYS_CHECK(size >= 0, kBad, "tensor '", tensor.name, "' has the negative size ", size);
-  }
-  KIMISYS_CHECK(product(tensor.shape) <= kMaxBytes / itemsize(tensor.dtype), kBad, "tensor '",
-                tensor.name, "' ", to_string(tensor.shape), " is larger than ", kMaxBytes,
-                " bytes; check its shape");
-}
-
 void check_buffer(const Buffer& buffer) {
   KIMISYS_CHECK(!buffer.name.empty(), kBad, "a buffer of rank ", buffer.rank,
                 " has an empty name; give it one");
@@ -113,6 +101,18 @@ auto key_of(const Buffer& buffer) {
 }
 
 }  // namespace
+
+void check_tensor(const Tensor& tensor) {
+  KIMISYS_CHECK(!tensor.name.empty(), kBad, "a tensor has an empty name; give it one");
+  KIMISYS_CHECK(tensor.shape.size() <= kMaxDims, kBad, "tensor '", tensor.name, "' has ",
+                tensor.shape.size(), " dimensions; at most ", kMaxDims, " are supported");
+  for (const std::int64_t size : tensor.shape) {
+    KIMISYS_CHECK(size >= 0, kBad, "tensor '", tensor.name, "' has the negative size ", size);
+  }
+  KIMISYS_CHECK(product(tensor.shape) <= kMaxBytes / itemsize(tensor.dtype), kBad, "tensor '",
+                tensor.name, "' ", to_string(tensor.shape), " is larger than ", kMaxBytes,
+                " bytes; check its shape");
+}
 
 std::int64_t Tensor::elements() const { return product(shape); }
 
@@ -257,16 +257,6 @@ std::vector<std::vector<std::size_t>> fragments_by_tensor(const Layout& layout) 
     if (!layout.fragments()[i].region.empty()) groups[layout.tensor_of(i)].push_back(i);
   }
   return groups;
-}
-
-Dims dense_strides(const Dims& extent, std::int64_t itemsize) {
-  Dims strides(extent.size());
-  std::int64_t stride = itemsize;
-  for (std::size_t d = extent.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<std::int64_t>(extent[d], 1);
-  }
-  return strides;
 }
 
 }  // namespace kimisys::reshard

@@ -146,8 +146,9 @@ class Layout {
   std::vector<std::size_t> padding_buffer_;
 };
 
-// Row-major byte strides of a dense block.
-Dims dense_strides(const Dims& extent, std::int64_t itemsize);
+// Raises LayoutError for a tensor without a name, with too many or negative sizes, or beyond
+// kMaxBytes.
+void check_tensor(const Tensor& tensor);
 
 // For each tensor of the table, the indices of its non-empty fragments in layout order.
 std::vector<std::vector<std::size_t>> fragments_by_tensor(const Layout& layout);

@@ -66,8 +66,6 @@ class Plan {
 
   const Layout& source() const { return *source_; }
   const Layout& destination() const { return *destination_; }
-  const std::shared_ptr<const Layout>& shared_source() const { return source_; }
-  const std::shared_ptr<const Layout>& shared_destination() const { return destination_; }
   const std::vector<Step>& steps() const { return steps_; }
   const Proof& proof() const { return proof_; }
 

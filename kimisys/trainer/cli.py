@@ -33,6 +33,7 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     """Run the reference recipe: a short SFT, then RL, of a small Qwen3 on arithmetic."""
     started = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 110)
+    errors = Console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         config.check()
@@ -41,10 +42,10 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
         _run(config, out, console, started)
     except KimisysError as error:
         name = type(error).__name__
-        console.print(Text(name, "bold red"), Text(f": {error}"), sep="", soft_wrap=True)
+        errors.print(Text(name, "bold red"), Text(f": {error}"), sep="", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("interrupted: every process of the run has ended", highlight=False)
+        errors.print("interrupted: every process of the run has ended", highlight=False)
         sys.exit(130)
 
 
@@ -70,7 +71,7 @@ def _run(config: TrainConfig, out: Path, console: Console, started: float) -> No
         console.print(
             f"[yellow]the engine was frozen[/]: from step {summary.logprob_gap_exceeded_at} on, "
             "its log-probabilities differ from the trainer's beyond "
-            f"{summary.logprob_gap_bound:.0e} a token (up to {summary.logprob_gap_max:.2e})",
+            f"{summary.logprob_gap_bound:.0e} per token (up to {summary.logprob_gap_max:.2e})",
             highlight=False,
             soft_wrap=True,
         )

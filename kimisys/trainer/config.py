@@ -92,8 +92,7 @@ class TrainConfig:
     """
 
     out: Path | None = None
-    """Folder for metrics.jsonl, summary.json, the curve and the weights (default:
-    runs/DATE-TIME-seedN)."""
+    """Folder for metrics, summary, curve and weights; if not given, runs/DATE-TIME-seedN."""
     seed: int = 1
     """Seeds the weights, the problems and the sampling."""
     steps: int = 30
@@ -106,11 +105,11 @@ class TrainConfig:
     prompts: int = 64
     """Problems in one RL step."""
     samples: int = 8
-    """Samples of each problem: k of the paper."""
+    """Samples of each problem: k of Kimi k1.5."""
     minibatches: int = 4
     """Optimizer steps in one RL step; each takes whole groups."""
     tau: float = 0.1
-    """Weight of the squared log-ratio: τ of the paper, in reward per nat."""
+    """Weight of the squared log-ratio: τ of Kimi k1.5 (arXiv 2501.12599), in reward per nat."""
     clip_gradient: float = 1.0
     """Largest norm of a gradient."""
     held_out: int = 512

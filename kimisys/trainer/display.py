@@ -95,8 +95,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     )
     table.add_row(
         "trainer against engine",
-        f"log-probability gap at most {summary.logprob_gap_max:.1e} a token "
-        f"(bound {summary.logprob_gap_bound:.0e})",
+        f"mean log-probability gap of a step at most {summary.logprob_gap_max:.1e} per token "
+        f"(bound {summary.logprob_gap_bound:.0e}); probe at most {summary.probe_gap_max:.1e}",
     )
     table.add_row("rollouts", f"{summary.rollout_tokens_per_second:,.0f} tokens/s")
     table.add_row("wall time", f"{summary.wall_seconds:.0f} s for {summary.steps} steps")

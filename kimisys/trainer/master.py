@@ -65,6 +65,15 @@ class Watch:
         self.exceeded_at = self.exceeded_at or step
 
 
+def probe_gap(trainer: np.ndarray, engine: np.ndarray) -> float:
+    """The largest difference of two log-softmaxes, float32[tokens, vocabulary], over what either
+    side gives a probability of at least 1e-3; infinite where one is not finite."""
+    if not (np.isfinite(trainer).all() and np.isfinite(engine).all()):
+        return float("inf")
+    likely = np.maximum(trainer, engine) >= np.log(1e-3)
+    return float(np.abs(trainer - engine)[likely].max())
+
+
 class Master:
     """One run of the recipe in `config`, writing into `out`; `started` is its time.monotonic()."""
 
@@ -168,7 +177,7 @@ class Master:
         self._watch.sync_seconds.append(time.perf_counter() - start)
         trainer = fleet.on_ranks("probe", self._probe)[0]
         engine = fleet.on_engine("probe", self._probe, self._served)
-        gap = float(np.abs(trainer - engine).max())
+        gap = probe_gap(trainer, engine)
         self._watch.probe_gap = max(self._watch.probe_gap, gap)
         if self._served == self._version and not gap <= 10 * self._watch.bound:
             raise EngineMismatchError(

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kimisys.trainer.metrics import StepMetrics, Summary
 
@@ -17,7 +15,10 @@ from kimisys.trainer.metrics import StepMetrics, Summary
 def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None:
     """Pass rate in training and on the held-out problems, and the time of each phase, as one
     PNG."""
-    figure, (rate, time) = pyplot.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
+    figure = Figure(figsize=(11, 3.8), layout="constrained")  # not pyplot: no display, no state
+    rate: Axes
+    time: Axes
+    rate, time = figure.subplots(1, 2)
     numbers = [s.step for s in steps]
     rate.plot(
         numbers, [s.pass_rate for s in steps], color="tab:blue", label="training, temperature 1"
@@ -27,9 +28,13 @@ def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None
         (summary.pass_rate_before, summary.pass_rate_after, "C1o", "held out, temperature 1"),
         (summary.greedy_before, summary.greedy_after, "C2s", "held out, greedy"),
     ):
-        rate.plot(ends, [before, after], mark, label=label)
+        marks = [(x, y) for x, y in zip(ends, (before, after), strict=True) if y is not None]
+        xs, ys = zip(*marks, strict=True)
+        rate.plot(xs, ys, mark, label=label, markersize=9, fillstyle="none", mew=2)
     rate.set(xlabel="RL step", ylabel="pass rate", ylim=(0, 1.02), title="Pass rate")
-    rate.legend(loc="lower right")
+    rate.legend(loc="best")
+    for axes in (rate, time):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate.grid(alpha=0.3)
     phases = ("rollout_seconds", "score_seconds", "train_seconds", "sync_seconds")
     series = [[getattr(s, phase) for s in steps] for phase in phases]
@@ -38,4 +43,3 @@ def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None
     time.set_ylim(0, 1.4 * time.get_ylim()[1])
     time.legend(loc="upper center", ncols=len(phases))
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -70,7 +70,7 @@ def kimisys(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_refuses_in_one_line_and_makes_nothing(tmp_path: Path) -> None:
     run = kimisys("train", "--out", str(tmp_path / "run"), "--tensor-parallel", "3")
     assert run.returncode == 1
-    assert "ConfigError: --tensor-parallel 3" in run.stdout
+    assert "ConfigError: --tensor-parallel 3" in run.stderr
     assert "Traceback" not in run.stdout + run.stderr
     assert not (tmp_path / "run").exists()
 
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     run = kimisys("train", "--out", str(tmp_path / "file" / "run"))
     assert run.returncode == 1
-    assert "ConfigError: --out" in run.stdout
+    assert "ConfigError: --out" in run.stderr
 
 
 def test_help_teaches() -> None:

@@ -15,6 +15,7 @@ commits for itself: one that breaks refuses, the others do not know.
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable
@@ -44,6 +45,8 @@ from kimisys.reshard import Layout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+_log = logging.getLogger(__name__)
 
 # vLLM imports this module in every worker, as WorkerReport's, before it looks the backend up.
 plugin.register()
@@ -147,6 +150,8 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         peers = connect(init_info.addresses, init_info.timeout_seconds)
         self._subscriber = Subscriber(peers, self._layout(peers), self._rank)
         self._peers = peers
+        if self._subscriber.absent:
+            _log.warning("published, but not loaded by vLLM: %s", self._subscriber.absent)
 
     def _layout(self, peers: Peers) -> Layout:
         """Of all ranks of this engine: replicas and splits are verified over all of them."""

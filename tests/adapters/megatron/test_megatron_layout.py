@@ -17,7 +17,7 @@ from kimisys.adapters.megatron.families import (
     implementations,
     padded_vocab_size,
 )
-from kimisys.adapters.megatron.families.qwen3 import Qwen3, hf_tensors
+from kimisys.adapters.megatron.families.qwen3 import Qwen3
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_model
 from kimisys.errors import LayoutError
@@ -44,7 +44,9 @@ def test_layout_holds_every_element_exactly_once(
     config: dict[str, Any], tensor_parallel: int
 ) -> None:
     layout = offline_layout(config, tensor_parallel)
-    assert list(layout.tensors) == sorted(hf_tensors(config), key=lambda t: t.name)
+    assert list(layout.tensors) == sorted(
+        Qwen3.from_config(config).hf_tensors("float32"), key=lambda t: t.name
+    )
     held = {tensor.name: np.zeros(tuple(tensor.shape), dtype=int) for tensor in layout.tensors}
     for fragment in layout.cover().fragments:
         region = fragment.region
@@ -80,7 +82,10 @@ def test_fused_rows_come_from_where_hugging_face_keeps_them() -> None:
     with runtime.offline(2, 1, 2):
         model = build_model(TINY, torch.float32)
         layout, buffers = model_layout(model, TINY, 1), model_buffers(model, 1)
-    arrays = {t.name: np.full(tuple(t.shape), -1, dtype=np.float32) for t in hf_tensors(TINY)}
+    arrays = {
+        t.name: np.full(tuple(t.shape), -1, dtype=np.float32)
+        for t in Qwen3.from_config(TINY).hf_tensors("float32")
+    }
     for kind, start in (("q", 0), ("k", 1000), ("v", 2000)):
         rows = arrays[f"model.layers.1.self_attn.{kind}_proj.weight"]
         rows[:] = start + np.arange(len(rows))[:, None]
@@ -101,7 +106,10 @@ def test_one_seed_is_one_model_at_every_size() -> None:
                 model = build_model(TINY, torch.float32)
                 layouts.append(model_layout(model, TINY, rank))
                 buffers |= model_buffers(model, rank)
-        arrays = {t.name: np.zeros(tuple(t.shape), np.float32) for t in hf_tensors(TINY)}
+        arrays = {
+            t.name: np.zeros(tuple(t.shape), np.float32)
+            for t in Qwen3.from_config(TINY).hf_tensors("float32")
+        }
         gather = plan(Layout.merge(layouts), memory_layout(arrays))
         gather.execute(buffers, memory_buffers(arrays))
         models.append(arrays)

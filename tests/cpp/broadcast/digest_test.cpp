@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "broadcast/mix.h"
 #include "expect.h"
+#include "reshard/sample.h"
 
 namespace kimisys::broadcast {
 namespace {
@@ -46,7 +47,7 @@ Layout dense(DType dtype, const Dims& shape, const std::string& name = "t") {
                   0,
                   "m",
                   0,
-                  reshard::dense_strides(shape, itemsize(dtype))}});
+                  reshard::test::dense_strides(shape, itemsize(dtype))}});
 }
 
 TEST_CASE("every implementation gives the naive sum, for every width, alignment and length") {

@@ -28,7 +28,7 @@ void for_each_element(
   for (std::size_t i = 0; i < layout.fragments().size(); ++i) {
     const Fragment& fragment = layout.fragments()[i];
     const Tensor& tensor = layout.tensors()[layout.tensor_of(i)];
-    const Dims weight = dense_strides(tensor.shape, 1);
+    const Dims weight = test::dense_strides(tensor.shape, 1);
     for (std::int64_t n = 0; n < fragment.region.elements(); ++n) {
       std::int64_t rest = n;
       std::int64_t flat = 0;

@@ -128,7 +128,7 @@ TEST_CASE("a cover holds what the layout holds, once") {
     for (std::int64_t rank = 5; rank >= 0; --rank) {
       const Region region = random.between(0, 4) == 0 ? whole : random.part_of(whole);
       buffers.push_back({rank, "x", region.elements()});
-      fragments.push_back({"t", region, rank, "x", 0, dense_strides(region.extent, 1)});
+      fragments.push_back({"t", region, rank, "x", 0, test::dense_strides(region.extent, 1)});
     }
     const Layout layout({tensor}, buffers, fragments);
     const Layout cover = layout.cover();

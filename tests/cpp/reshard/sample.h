@@ -17,6 +17,17 @@
 
 namespace kimisys::reshard::test {
 
+// Row-major byte strides of a dense block.
+inline Dims dense_strides(const Dims& extent, std::int64_t itemsize) {
+  Dims strides(extent.size());
+  std::int64_t stride = itemsize;
+  for (std::size_t d = extent.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<std::int64_t>(extent[d], 1);
+  }
+  return strides;
+}
+
 inline std::shared_ptr<const Layout> share(Layout layout) {
   return std::make_shared<const Layout>(std::move(layout));
 }

@@ -194,11 +194,6 @@ class Qwen3:
         hf["post_attention_layernorm.weight"].copy_(megatron["mlp.linear_fc1.layer_norm_weight"])
 
 
-def hf_tensors(hf_config: Mapping[str, Any], dtype: str = "float32") -> list[Tensor]:
-    """The tensors of a Qwen3 checkpoint with this configuration, in `dtype`."""
-    return Qwen3.from_config(hf_config).hf_tensors(dtype)
-
-
 def _rope(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rotary parameters: `rope_parameters` in transformers 5, top-level keys before."""
     parameters = hf_config.get("rope_parameters")
