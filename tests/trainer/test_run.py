@@ -37,6 +37,9 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
         text=True,
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # background jobs ignore it
     )
 
 
@@ -129,7 +132,10 @@ def test_an_interrupt_ends_everything(
         os.killpg(run.pid, sent)
     else:
         os.kill(run.pid, sent)
-    rest, _ = run.communicate(timeout=90)
+    try:
+        rest, _ = run.communicate(timeout=90)
+    finally:
+        run.kill()  # nothing to do for a run that has ended
     assert run.returncode == 130, "".join(lines) + rest
     assert "interrupted" in rest
     assert "Traceback" not in rest
