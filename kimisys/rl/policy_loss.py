@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kimisys.rl.groups import check_vector, group_members
+
 
 @dataclass(frozen=True)
 class PolicyLoss:
@@ -48,8 +50,8 @@ def group_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     equal, gives exactly zero. Raises ValueError when a shape or dtype is wrong or a reward is not
     finite.
     """
-    _check_vector("rewards", rewards, floating=True)
-    member, size = _group_members(groups, rewards.shape)
+    check_vector("rewards", rewards, floating=True)
+    member, size = group_members(groups, "rewards", rewards.shape)
     finite = torch.isfinite(rewards)
     if not bool(finite.all()):
         bad = int((~finite).nonzero()[0])
@@ -70,7 +72,7 @@ def sample_weights(groups: Tensor) -> Tensor:
     groups: integer [n], as in `group_advantages`. Returns float32 [n], which sums to 1. Raises
     ValueError when the shape or dtype is wrong.
     """
-    member, size = _group_members(groups, groups.shape)
+    member, size = group_members(groups, "groups", groups.shape)
     return 1.0 / (size.to(torch.float32)[member] * max(size.numel(), 1))
 
 
@@ -113,7 +115,7 @@ def policy_loss(
         ("advantages", advantages),
         ("weights", weights),
     ):
-        _check_vector(name, value, floating=True)
+        check_vector(name, value, floating=True)
         if value.shape != log_probs.shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and log_probs {tuple(log_probs.shape)}; "
@@ -132,23 +134,3 @@ def policy_loss(
         penalty=penalty.detach(),
         divergence=-(scale * log_ratio.detach()).sum(),
     )
-
-
-def _check_vector(name: str, value: Tensor, *, floating: bool) -> None:
-    if value.dim() != 1:
-        raise ValueError(f"{name} must have one dimension, got shape {tuple(value.shape)}")
-    if value.is_floating_point() != floating or value.dtype == torch.bool:
-        wanted = "floating point" if floating else "integer"
-        raise ValueError(f"{name} must be {wanted}, got {value.dtype}")
-
-
-def _group_members(groups: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The dense index of each sample's group, int64 [n], and each group's size, int64 [prompts]."""
-    _check_vector("groups", groups, floating=False)
-    if groups.shape != shape:
-        raise ValueError(
-            f"groups has shape {tuple(groups.shape)} and rewards {tuple(shape)}; "
-            "each takes one value per response"
-        )
-    _, member, size = torch.unique(groups, return_inverse=True, return_counts=True)
-    return member, size
