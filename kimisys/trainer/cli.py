@@ -1,45 +1,146 @@
-"""The command line: `kimisys train`."""
+"""The command line: `kimisys train`, `sft`, `eval`, `generate`, `export`, `report`."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.text import Text
 
 from kimisys.errors import KimisysError
-from kimisys.trainer.config import ConfigError, TrainConfig
+from kimisys.trainer.config import (
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    RunConfig,
+    TrainConfig,
+    check_new_folder,
+)
+from kimisys.trainer.run_folder import check_resumable, make_folder, saved_config
+
+_CONFIGS: dict[str, type[RunConfig]] = {"train": TrainConfig, "sft": RunConfig}
+
+Flat = tyro.conf.arg(name="")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 130
     interrupted."""
-    tyro.extras.subcommand_cli_from_dict(
-        {"train": train},
-        prog="kimisys",
-        description="The systems layer of reinforcement learning for large language models.",
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    with _told(console):
+        tyro.extras.subcommand_cli_from_dict(
+            _commands(console, _saved(arguments)),
+            prog="kimisys",
+            description="The systems layer of reinforcement learning for large language models.",
+            args=arguments,
+        )
+
+
+def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
+    """The commands by name; a run that is resumed takes its defaults from what was `saved`."""
+    started = time.monotonic()
+    train_defaults = saved if isinstance(saved, TrainConfig) else TrainConfig()
+    sft_defaults = RunConfig() if saved is None or isinstance(saved, TrainConfig) else saved
+
+    def train(config: Annotated[TrainConfig, Flat] = train_defaults) -> None:
+        """SFT, then RL: without options, the reference recipe on arithmetic."""
+        _run(config, saved, console, started)
+
+    def sft(config: Annotated[RunConfig, Flat] = sft_defaults) -> None:
+        """Supervised steps alone, on a task's demonstrations."""
+        _run(config, saved, console, started)
+
+    def evaluate(config: Annotated[EvalConfig, Flat]) -> None:
+        """Measure a model: pass@1, pass@k, completion length, on a task's held-out problems."""
+        config.check()
+        from kimisys.trainer.eval_command import run
+
+        run(config, console)
+
+    def generate(config: Annotated[GenerateConfig, Flat]) -> None:
+        """Look at what a model writes after prompts of your own."""
+        config.check()
+        from kimisys.trainer.generate_command import run
+
+        run(config, console)
+
+    def export(config: Annotated[ExportConfig, Flat]) -> None:
+        """Turn a checkpoint, of a run or of Megatron, into a Hugging Face folder."""
+        check_new_folder(config.out)
+        from kimisys.trainer.export_command import run
+
+        run(config, console)
+
+    def report(folder: Annotated[Path, tyro.conf.Positional]) -> None:
+        """Write report.html of a run anew.
+
+        Args:
+            folder: Folder of the run.
+        """
+        from kimisys.trainer.report import write_report
+
+        console.print(str(write_report(folder)), highlight=False, soft_wrap=True)
+
+    return {
+        "train": train,
+        "sft": sft,
+        "eval": evaluate,
+        "generate": generate,
+        "export": export,
+        "report": report,
+    }
+
+
+def _run(config: RunConfig, saved: RunConfig | None, console: Console, started: float) -> None:
+    if saved is not None:
+        check_resumable(config, saved)
+    config.check()
+    # after the configuration is known to be good: these imports take seconds
+    from kimisys.trainer.display import Display, print_summary
+    from kimisys.trainer.master import Master
+    from kimisys.trainer.setting import prepare
+
+    model, task = prepare(config)
+    out = make_folder(config)
+    console.print(f"writing to {out}", highlight=False, soft_wrap=True)
+    steps = config.steps if isinstance(config, TrainConfig) else 0
+    with Display(console, steps) as display:
+        summary = Master(config, out, model, task, display, started).run()
+    print_summary(console, summary)
+    console.print(
+        f"report: {out / 'report.html'}   weights: {out / 'model'}", highlight=False, soft_wrap=True
     )
 
 
-def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Run the reference recipe: a short SFT, then RL, of a small Qwen3 on arithmetic."""
-    started = time.monotonic()
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    errors = Console(stderr=True)
+def _saved(arguments: Sequence[str]) -> RunConfig | None:
+    """The configuration of the run that `arguments` resume, if they do."""
+    folder = None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--resume":
+            folder = following
+        elif argument.startswith("--resume="):
+            folder = argument.partition("=")[2]
+    if not folder or not arguments or arguments[0] not in _CONFIGS:
+        return None
+    return saved_config(Path(folder), _CONFIGS[arguments[0]])
+
+
+@contextmanager
+def _told(console: Console) -> Iterator[None]:
+    """Errors of ours and interrupts in words, on stderr, and as an exit status."""
+    errors = Console(stderr=True, width=console.width)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        config.check()
-        out = _make_folder(config)
-        console.print(f"writing to {out}", highlight=False, soft_wrap=True)
-        _run(config, out, console, started)
+        yield
     except KimisysError as error:
         name = type(error).__name__
         errors.print(Text(name, "bold red"), Text(f": {error}"), sep="", soft_wrap=True)
@@ -49,45 +150,8 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
         sys.exit(130)
 
 
-def _make_folder(config: TrainConfig) -> Path:
-    out = config.out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(_record(config), indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error}") from error
-    return out
-
-
-def _run(config: TrainConfig, out: Path, console: Console, started: float) -> None:
-    # after the configuration is known to be good: these imports take seconds
-    from kimisys.trainer.display import Display, print_summary
-    from kimisys.trainer.master import Master
-
-    with Display(console, config.steps) as display:
-        summary = Master(config, out, display, started).run()
-    print_summary(console, summary)
-    if summary.logprob_gap_exceeded_at is not None:
-        console.print(
-            f"[yellow]the engine was frozen[/]: from step {summary.logprob_gap_exceeded_at} on, "
-            "its log-probabilities differ from the trainer's beyond "
-            f"{summary.logprob_gap_bound:.0e} per token (up to {summary.logprob_gap_max:.2e})",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(
-        f"curve: {out / 'curve.png'}   weights: {out / 'model'}", highlight=False, soft_wrap=True
-    )
-
-
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _record(config: TrainConfig) -> dict[str, object]:
-    record = dataclasses.asdict(config)
-    record["out"] = str(config.out) if config.out else None
-    return record
 
 
 if __name__ == "__main__":

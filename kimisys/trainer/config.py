@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,11 @@ import tyro
 from kimisys.errors import KimisysError
 
 Dtype = Literal["float32", "bfloat16"]
+
+DEFAULT_TASK = "kimisys.trainer.arithmetic:task"
+
+MANY = 1 << 20
+Range = tuple[str, float, float, float]
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # vLLM 0.32, CPU attention
 
@@ -23,11 +29,11 @@ class ConfigError(KimisysError):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the Qwen3 model that the recipe makes and trains."""
+class ShapeConfig:
+    """The shape of the Qwen3 model that is made when no --model is given."""
 
     hidden_size: int = 128
-    layers: int = 3
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     """Key-value heads; the query heads share them in equal groups."""
@@ -83,24 +89,103 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The reference recipe: a short SFT, then Kimi k1.5's policy optimisation, of a small Qwen3 on
-    arithmetic.
-
-    Two tensor-parallel Megatron ranks train, one vLLM engine samples; after every step the new
-    weights go from shard to engine through a kimisys plan, verified by digest.
-    """
+class RunConfig:
+    """What every training run has: a model, a task, a layout, supervised steps, checkpoints."""
 
     out: Path | None = None
-    """Folder for metrics, summary, curve and weights; if not given, runs/DATE-TIME-seedN."""
+    """Folder for all that the run writes; if not given, runs/DATE-TIME-seedN."""
+    resume: Path | None = None
+    """Folder of a run that ended early: go on from its last checkpoint, with its configuration.
+    Other options given beside it change that (a layout, a number of steps)."""
+    model: Path | None = None
+    """A Hugging Face folder (config.json, tokenizer, *.safetensors) to start from; if not given, a
+    small random Qwen3 of --shape, with a tokenizer of the arithmetic task's 16 symbols."""
+    task: str = DEFAULT_TASK
+    """What to learn: MODULE:FUNCTION (a function that returns a kimisys.trainer.task.Task), or a
+    file of problems, FILE.jsonl. docs/tasks.md shows both."""
     seed: int = 1
-    """Seeds the weights, the problems and the sampling."""
+    """Seeds the random weights, the order of the data and the sampling."""
+
+    tensor_parallel: int = 2
+    """Megatron ranks that share each layer."""
+    pipeline_parallel: int = 1
+    """Megatron stages that share the layers; there are tensor x pipeline ranks."""
+    wire_dtype: Dtype = "float32"
+    """The dtype in which weights are published, and in which the engines compute."""
+    clip_gradient: float = 1.0
+    """Largest norm of a gradient."""
+    micro_batch_tokens: int = 4096
+    """Tokens that go through the model together, padding included: bounds a rank's memory."""
+    checkpoint_every: int = 5
+    """RL steps between two checkpoints; SFT writes one every 100 steps. The last two are kept."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to OUT/tensorboard (needs the package tensorboard)."""
+    ready_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 240.0
+    """How long a start, a step or a sync may take before the run gives up and says who was late."""
+
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+
+    @property
+    def ranks(self) -> int:
+        """Megatron ranks in all."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot run whatever the model and the task, before anything
+        starts."""
+        check_ranges(self.ranges())
+        shape = self.shape
+        if shape.heads % shape.kv_heads:
+            raise ConfigError(
+                f"--shape.heads {shape.heads} is not a multiple of --shape.kv-heads "
+                f"{shape.kv_heads}"
+            )
+        check_new_folder(self.out)
+
+    def ranges(self) -> list[Range]:
+        """(option, value, the least and the largest that make sense)"""
+        shape, sft = self.shape, self.sft
+        return [
+            ("--seed", self.seed, 0, 2**31 - 1),
+            ("--tensor-parallel", self.tensor_parallel, 1, 64),
+            ("--pipeline-parallel", self.pipeline_parallel, 1, 64),
+            ("--clip-gradient", self.clip_gradient, 1e-9, 1e9),
+            ("--micro-batch-tokens", self.micro_batch_tokens, 1, MANY),
+            ("--checkpoint-every", self.checkpoint_every, 1, MANY),
+            ("--ready-timeout", self.ready_timeout, 1.0, 86_400.0),
+            ("--shape.hidden-size", shape.hidden_size, 1, MANY),
+            ("--shape.layers", shape.layers, 1, 1024),
+            ("--shape.heads", shape.heads, 1, 1024),
+            ("--shape.kv-heads", shape.kv_heads, 1, 1024),
+            ("--shape.ffn-size", shape.ffn_size, 1, MANY),
+            ("--shape.rope-theta", shape.rope_theta, 1.0, 1e12),
+            ("--sft.steps", sft.steps, 0, MANY),
+            ("--sft.batch-size", sft.batch_size, 1, MANY),
+            ("--sft.learning-rate", sft.learning_rate, 0.0, 1.0),
+            ("--sft.warmup-steps", sft.warmup_steps, 0, MANY),
+        ]
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """SFT on the task's demonstrations, if it has any, then Kimi k1.5's policy optimisation.
+
+    Without options: the reference recipe, a small Qwen3 that learns to add. Megatron ranks train,
+    vLLM engines sample; after every step the new weights go from shard to engine through a kimisys
+    plan, verified by digest.
+    """
+
     steps: int = 30
     """RL steps."""
     learning_rate: float = 6e-5
     """Of the RL steps. 0 is the control that must not learn."""
     freeze_engine: bool = False
-    """The control without syncs: the engine keeps the weights it had after SFT."""
+    """The control without syncs: the engines keep the weights they had after SFT."""
+    engines: int = 1
+    """vLLM engines; the prompts of a step are dealt out to them."""
+    engine_tensor_parallel: int = 1
+    """Ranks of each engine."""
 
     prompts: int = 64
     """Problems in one RL step."""
@@ -110,83 +195,136 @@ class TrainConfig:
     """Optimizer steps in one RL step; each takes whole groups."""
     tau: float = 0.1
     """Weight of the squared log-ratio: τ of Kimi k1.5 (arXiv 2501.12599), in reward per nat."""
-    clip_gradient: float = 1.0
-    """Largest norm of a gradient."""
+    length_reward: float = 0.2
+    """Weight of k1.5's length reward, which prefers the shorter of a problem's right answers; 0
+    turns it off."""
+    length_reward_from: int = 11
+    """The first step with a length reward: k1.5 trains without one first."""
+    curriculum: float = 0.3
+    """From easy to hard: the fraction of the run after which every problem is admitted; 0 admits
+    all at once."""
+    sampling: Literal["prioritised", "uniform"] = "prioritised"
+    """Which admitted problems a step draws: prioritised draws those that fail more often, with
+    probability 1 - success rate (k1.5)."""
     held_out: int = 512
     """Held-out problems on which the pass rates are measured."""
 
-    wire_dtype: Dtype = "float32"
-    """The dtype in which weights are published, and in which the engine computes."""
-    tensor_parallel: int = 2
-    """Megatron ranks."""
-    ready_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 240.0
-    """How long a start, a step or a sync may take before the run gives up and says who was late."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
-
     def check(self) -> None:
-        """Raise ConfigError for what cannot run, before anything starts."""
-        self._check_ranges()
-        self._check_layout()
+        super().check()
         if self.prompts % self.minibatches:
             raise ConfigError(
                 f"--prompts {self.prompts} does not divide into --minibatches {self.minibatches} "
                 "of whole groups"
             )
-        if self.out is not None and self.out.exists():
-            if not self.out.is_dir():
-                raise ConfigError(f"--out {self.out} is a file; name a folder")
-            if any(self.out.iterdir()):
-                raise ConfigError(f"--out {self.out} is not empty; choose another or empty it")
 
-    def _check_ranges(self) -> None:
-        """(option, value, the least and the largest that make sense)"""
-        model, sft, many = self.model, self.sft, 1 << 20
-        for option, value, low, high in (
-            ("--seed", self.seed, 0, 2**31 - 1),
-            ("--steps", self.steps, 1, many),
-            ("--prompts", self.prompts, 1, many),
+    def ranges(self) -> list[Range]:
+        return [
+            *super().ranges(),
+            ("--steps", self.steps, 1, MANY),
+            ("--prompts", self.prompts, 1, MANY),
             ("--samples", self.samples, 2, 1024),  # the baseline is the mean of a group
-            ("--minibatches", self.minibatches, 1, many),
-            ("--held-out", self.held_out, 1, 10_000),
-            ("--tensor-parallel", self.tensor_parallel, 1, 64),
+            ("--minibatches", self.minibatches, 1, MANY),
+            ("--held-out", self.held_out, 1, MANY),
+            ("--engines", self.engines, 1, 64),
+            ("--engine-tensor-parallel", self.engine_tensor_parallel, 1, 64),
             ("--learning-rate", self.learning_rate, 0.0, 1.0),
             ("--tau", self.tau, 0.0, 1e6),
-            ("--clip-gradient", self.clip_gradient, 1e-9, 1e9),
-            ("--ready-timeout", self.ready_timeout, 1.0, 86_400.0),
-            ("--model.hidden-size", model.hidden_size, 1, many),
-            ("--model.layers", model.layers, 1, 1024),
-            ("--model.heads", model.heads, 1, 1024),
-            ("--model.kv-heads", model.kv_heads, 1, 1024),
-            ("--model.ffn-size", model.ffn_size, 1, many),
-            ("--model.rope-theta", model.rope_theta, 1.0, 1e12),
-            ("--sft.steps", sft.steps, 0, many),
-            ("--sft.batch-size", sft.batch_size, 1, many),
-            ("--sft.learning-rate", sft.learning_rate, 0.0, 1.0),
-            ("--sft.warmup-steps", sft.warmup_steps, 0, many),
-        ):
-            if not low <= value <= high:  # NaN too
-                raise ConfigError(f"{option} is {value}; it must lie in {low} to {high}")
+            ("--length-reward", self.length_reward, 0.0, 1e3),
+            ("--length-reward-from", self.length_reward_from, 1, MANY),
+            ("--curriculum", self.curriculum, 0.0, 1.0),
+        ]
 
-    def _check_layout(self) -> None:
-        model = self.model
-        if model.heads % model.kv_heads:
-            raise ConfigError(
-                f"--model.heads {model.heads} is not a multiple of --model.kv-heads "
-                f"{model.kv_heads}"
-            )
-        if model.head_dim not in HEAD_DIMS:
-            raise ConfigError(
-                f"--model.head-dim is {model.head_dim}; vLLM's attention on the CPU has {HEAD_DIMS}"
-            )
-        for option, value in (
-            ("--model.heads", model.heads),
-            ("--model.kv-heads", model.kv_heads),
-            ("--model.ffn-size", model.ffn_size),
-        ):
-            if value % self.tensor_parallel:
-                raise ConfigError(
-                    f"--tensor-parallel {self.tensor_parallel} does not divide {option} {value}; "
-                    "Megatron gives each rank whole heads"
-                )
+
+def check_ranges(ranges: Sequence[Range]) -> None:
+    """Raise ConfigError for the first value outside its range."""
+    for option, value, low, high in ranges:
+        if not low <= value <= high:  # NaN too
+            raise ConfigError(f"{option} is {value}; it must lie in {low} to {high}")
+
+
+def check_new_folder(out: Path | None) -> None:
+    """Raise ConfigError for an --out that holds something already."""
+    if out is not None and out.exists():
+        if not out.is_dir():
+            raise ConfigError(f"--out {out} is a file; name a folder")
+        if any(out.iterdir()):
+            raise ConfigError(f"--out {out} is not empty; choose another or empty it")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What is common to the commands that sample from one folder's weights."""
+
+    folder: tyro.conf.Positional[Path]
+    """A Hugging Face folder, or the folder of a run (its final weights, or its last checkpoint)."""
+    dtype: Dtype = "float32"
+    """In which the engine computes."""
+    tensor_parallel: int = 1
+    """Ranks of the engine."""
+    samples: int = 1
+    """Completions of each prompt."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    seed: int = 1
+    """Seeds the sampling."""
+    ready_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 240.0
+    """How long the engine may take to start or to answer."""
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot run."""
+        check_ranges(
+            [
+                ("--tensor-parallel", self.tensor_parallel, 1, 64),
+                ("--samples", self.samples, 1, 1024),
+                ("--temperature", self.temperature, 0.0, 100.0),
+                ("--seed", self.seed, 0, 2**31 - 1),
+                ("--ready-timeout", self.ready_timeout, 1.0, 86_400.0),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class EvalConfig(ServeConfig):
+    """Measure a model on a task's held-out problems."""
+
+    task: str = DEFAULT_TASK
+    """MODULE:FUNCTION or FILE.jsonl, as for train."""
+    problems: int = 512
+    """Held-out problems to measure on; fewer if the task has fewer."""
+    json: Path | None = None
+    """Also write the figures and every completion to this file."""
+
+    def check(self) -> None:
+        super().check()
+        check_ranges([("--problems", self.problems, 1, MANY)])
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ConfigError(f"--json: there is no folder {self.json.parent}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ServeConfig):
+    """Print completions."""
+
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts to complete; without any, a prompt a line from standard input."""
+    max_tokens: int = 64
+    """Of a completion."""
+
+    def check(self) -> None:
+        super().check()
+        check_ranges([("--max-tokens", self.max_tokens, 1, MANY)])
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A checkpoint as a Hugging Face folder: config.json, tokenizer, model.safetensors."""
+
+    source: tyro.conf.Positional[Path]
+    """A run's folder, one of its checkpoints, or a folder that Megatron's dist_checkpointing
+    wrote."""
+    out: tyro.conf.Positional[Path]
+    """The folder to make."""
+    dtype: Dtype = "bfloat16"
+    """Of the exported weights."""
+    config: Path | None = None
+    """For a checkpoint of Megatron: a folder with the model's config.json and tokenizer."""

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from kimisys.adapters.ray import Actor
 from kimisys.adapters.vllm.engine import Engine, EngineConfig, Sample
 from kimisys.errors import KimisysError
 
 
-class EngineActor:
+class EngineActor(Actor):
     """One engine in a process of its own; `start` comes first."""
 
     def __init__(self, config: EngineConfig) -> None:
@@ -49,7 +50,7 @@ class EngineActor:
         """Log-softmax after each token but the last: float32[tokens - 1, vocabulary]."""
         return await self._started().probe(token_ids, version)
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # type: ignore[override]
         """End the engine and its worker processes."""
         if self._engine is not None:
             await self._engine.close()

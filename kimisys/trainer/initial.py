@@ -16,11 +16,16 @@ from kimisys.adapters.megatron.families import family_of
 from kimisys.reshard.safetensors import create_checkpoint
 
 
-def write_initial_checkpoint(folder: Path, hf_config: Mapping[str, Any], seed: int) -> None:
-    """A float32 checkpoint: norms at one, matrices normal with deviation `initializer_range`."""
+def write_initial_checkpoint(
+    folder: Path, hf_config: Mapping[str, Any], seed: int, more: Mapping[str, str]
+) -> None:
+    """A float32 checkpoint: norms at one, matrices normal with deviation `initializer_range`.
+
+    more: further text files, by name; those of a tokenizer.
+    """
     tensors = family_of(hf_config).hf_tensors("float32")
     spread = float(hf_config["initializer_range"])
-    files = {"config.json": json.dumps(dict(hf_config), indent=2) + "\n"}
+    files = {"config.json": json.dumps(dict(hf_config), indent=2) + "\n", **more}
     with create_checkpoint(folder, tensors, files) as checkpoint:
         data = checkpoint.buffers[0, "model.safetensors"]
         for position, fragment in enumerate(checkpoint.layout.fragments):

@@ -1,4 +1,4 @@
-"""One tensor-parallel Megatron rank, as an actor: it loads, trains, scores and publishes its own
+"""One Megatron rank, as an actor: it loads, trains, scores and publishes its own
 shards."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from kimisys.adapters.megatron import runtime
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_model
 from kimisys.adapters.megatron.policy import Policy
+from kimisys.adapters.ray import Actor
 from kimisys.broadcast import Publisher, snapshot_layout
 from kimisys.reshard import Layout, plan
 from kimisys.reshard.safetensors import open_checkpoint
@@ -50,26 +51,46 @@ class Improved:
     replica_difference: float
 
 
-class MegatronRank:
-    """Loads its shards of `checkpoint` on construction. All ranks make the same calls in the same
-    order."""
+@dataclass(frozen=True)
+class Place:
+    """Which rank of which layout an actor is, and where rank 0 listens."""
+
+    rank: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    address: str
+    port: int
+
+
+class MegatronRank(Actor):
+    """One Megatron rank. All ranks make the same calls in the same order."""
 
     def __init__(
         self,
-        rank: int,
-        world: int,
-        port: int,
+        place: Place,
         hf_config: Mapping[str, Any],
         seed: int,
         timeout: float,
+        micro_batch_tokens: int,
     ) -> None:
         torch.set_num_threads(1)
-        runtime.initialize(world, rank, world, "127.0.0.1", port, seed, timeout, hf_config)
+        world = place.tensor_parallel * place.pipeline_parallel
+        runtime.initialize(
+            place.tensor_parallel,
+            place.rank,
+            world,
+            place.address,
+            place.port,
+            seed,
+            timeout,
+            hf_config,
+        )
+        rank = place.rank
         self.rank = rank
         self.model = build_model(dict(hf_config), torch.float32)
         self.layout = model_layout(self.model, dict(hf_config), rank)
         self.buffers = model_buffers(self.model, rank)
-        self.policy = Policy(self.model)
+        self.policy = Policy(self.model, micro_batch_tokens=micro_batch_tokens)
         self._publisher: Publisher | None = None
         self._wire = torch.float32
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -42,7 +43,12 @@ class Summary:
     pass_rate_after: float | None
     greedy_before: float | None
     greedy_after: float | None
+    length_before: float | None
+    length_after: float | None
+    correct_length_before: float | None
+    correct_length_after: float | None
     steps: int
+    resumed_at: list[int]
     wall_seconds: float
     syncs: int
     sync_seconds_median: float
@@ -57,9 +63,9 @@ class Summary:
     seed: int
 
 
-def append_metrics(stream: TextIO, metrics: StepMetrics) -> None:
+def append_record(stream: TextIO, record: Mapping[str, object]) -> None:
     """Add one line of JSON to `stream`, for others to read at once."""
-    stream.write(json.dumps(asdict(metrics)) + "\n")
+    stream.write(json.dumps(record) + "\n")
     stream.flush()
 
 

@@ -1,49 +1,138 @@
-"""A character-level tokenizer with a fixed vocabulary: just what the arithmetic task writes."""
+"""Text to token ids and back, by the tokenizer of a Hugging Face folder."""
 
+from __future__ import annotations
+
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-PAD, EOS = "<pad>", "<eos>"
-SYMBOLS: tuple[str, ...] = (PAD, EOS, *"0123456789", *"+=,#")
+from kimisys.errors import KimisysError
+
+ARITHMETIC = "0123456789+=,#"
+"""What the arithmetic task writes; the bundled tokenizer has one token for each character."""
+
+_PAD, _EOS = "<pad>", "<eos>"
+_NOTHING = ""  # stands for no token: an unknown character is an error
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What makes up a tokenizer in a model folder; a folder holds some of these."""
+
+
+class TokenizerError(KimisysError):
+    """A folder without a usable tokenizer, or a text that it cannot encode; the message says
+    which."""
 
 
 class Tokenizer:
-    """Text to token ids and back. A symbol's id is its place in `SYMBOLS`, so it never changes."""
+    """A tokenizer of transformers, with no more than the trainer needs of it."""
 
-    def __init__(self) -> None:
-        self._ids = {symbol: i for i, symbol in enumerate(SYMBOLS)}
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of symbols; ids are 0 .. vocab_size - 1."""
-        return len(SYMBOLS)
-
-    @property
-    def pad_id(self) -> int:
-        """Fills a row behind a sequence; never part of a text."""
-        return self._ids[PAD]
-
-    @property
-    def eos_id(self) -> int:
+    def __init__(self, inner: Any, whose: str) -> None:
+        """inner: a transformers tokenizer. whose: for error messages."""
+        self._inner, self._whose = inner, whose
+        if inner.eos_token_id is None:
+            raise TokenizerError(
+                f"{whose} has no end-of-sequence token; name it as `eos_token` in "
+                "tokenizer_config.json"
+            )
+        self.eos_id: int = int(inner.eos_token_id)
         """Ends a completion."""
-        return self._ids[EOS]
+        pad = inner.pad_token_id
+        self.pad_id: int = self.eos_id if pad is None else int(pad)
+        """Fills a row behind a sequence; what it is does not matter."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Tokenizer:
+        """The tokenizer in `folder`; nothing is fetched. Raises TokenizerError."""
+        from transformers import AutoTokenizer  # takes seconds to import
+
+        try:
+            inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TokenizerError(
+                f"{folder} has no tokenizer that transformers can read ({error}); copy the files of "
+                "the model's tokenizer there"
+            ) from error
+        return cls(inner, f"the tokenizer of {folder}")
+
+    @classmethod
+    def arithmetic(cls) -> Tokenizer:
+        """The bundled tokenizer: one token for each character of `ARITHMETIC`."""
+        from transformers import PreTrainedTokenizerFast
+
+        inner = PreTrainedTokenizerFast(
+            tokenizer_object=_arithmetic(), eos_token=_EOS, pad_token=_PAD
+        )
+        return cls(inner, f"the bundled tokenizer, which knows {ARITHMETIC!r},")
+
+    def __len__(self) -> int:
+        """The number of tokens, special ones included."""
+        return len(self._inner)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a prompt, with what the model expects at the start of a text."""
+        return self._encode(text, True)
 
     def encode(self, text: str) -> list[int]:
-        """One id for each character, no <eos>. Raises ValueError at a character without a token."""
-        try:
-            return [self._ids[character] for character in text]
-        except KeyError as unknown:
-            raise ValueError(
-                f"{unknown.args[0]!r} in {text!r} has no token; "
-                f"the vocabulary is {''.join(SYMBOLS[2:])}"
-            ) from None
+        """The ids of a text that goes on: no special tokens are added."""
+        return self._encode(text, False)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Specials are written out, as <pad> and <eos>: a checker must see them.
+        """The text of `ids`. Specials are written out: a checker must see them."""
+        return str(
+            self._inner.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
-        Raises ValueError at an id outside the vocabulary.
-        """
-        ids = list(ids)
-        for i in ids:
-            if not 0 <= i < len(SYMBOLS):
-                raise ValueError(f"token id {i} is outside the vocabulary 0..{len(SYMBOLS) - 1}")
-        return "".join(SYMBOLS[i] for i in ids)
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            ids = list(self._inner.encode(text, add_special_tokens=special))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise TokenizerError(
+                f"{self._whose} cannot encode {text!r}: {error}; bring a model whose tokenizer "
+                "can (--model)"
+            ) from error
+        if not ids:
+            raise TokenizerError(
+                f"{self._whose} has no token for {text!r}; give a text that is not empty"
+            )
+        return ids
+
+
+def read_files(folder: Path) -> dict[str, str]:
+    """The tokenizer's files in `folder`, by name, to be written into another model folder."""
+    return {name: (folder / name).read_text() for name in FILES if (folder / name).exists()}
+
+
+def arithmetic_files() -> dict[str, str]:
+    """The files of the bundled tokenizer, as a model folder has them."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": _EOS,
+        "pad_token": _PAD,
+    }
+    return {
+        "tokenizer.json": _arithmetic().to_str(pretty=True) + "\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def _arithmetic() -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    symbols = (_PAD, _EOS, *ARITHMETIC)
+    fast = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, _NOTHING))
+    fast.add_special_tokens([AddedToken(_PAD), AddedToken(_EOS)])
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast.decoder = decoders.Fuse()
+    return fast

@@ -1,4 +1,4 @@
-"""A Ray cluster for one run, and waiting on actors with a deadline and a name.
+"""A Ray cluster for one run.
 
 Ray pickles what passes between actors and listens on all interfaces: token authentication is on,
 and weights never pass through it (docs/security.md).
@@ -13,10 +13,8 @@ import shutil
 import signal
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 # Ray reads these when it is imported, and not again
 _IMPORTED_BEFORE = "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token"
@@ -25,13 +23,8 @@ os.environ.update(
 )
 
 import ray  # noqa: E402
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError  # noqa: E402
 
 from kimisys.errors import KimisysError  # noqa: E402
-
-
-class ActorLostError(KimisysError):
-    """An actor died, or did not answer before its deadline. The message names it."""
 
 
 @contextmanager
@@ -87,51 +80,3 @@ def signals_deferred() -> Iterator[None]:
             signal.signal(number, handler)
         if received:
             signal.raise_signal(received[0])
-
-
-def spawn(
-    actor: type, environment: Mapping[str, str], *args: Any, concurrent_calls: int = 1
-) -> Any:
-    """Begin to start an `actor` of these arguments; its process has `environment` added."""
-    remote: Any = ray.remote(actor).options(
-        num_cpus=0,
-        max_concurrency=concurrent_calls,
-        runtime_env={"env_vars": dict(environment)},
-    )
-    return remote.remote(*args)
-
-
-def share(value: Any) -> Any:
-    """`value`, stored once for all the actors that it is passed to."""
-    return ray.put(value)
-
-
-def kill(actor: Any) -> None:
-    """End an actor's process at once."""
-    ray.kill(actor)
-
-
-def wait(pending: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:
-    """The results of `pending` (name of the actor → object reference), all of them, before the
-    deadline.
-
-    Raises ActorLostError naming who died or did not answer; what an actor's own code raised is
-    raised here as it was raised there.
-    """
-    names = {reference: name for name, reference in pending.items()}
-    remaining = list(names)
-    done: dict[str, Any] = {}
-    deadline = time.monotonic() + timeout_seconds
-    while remaining:
-        left = max(0.0, deadline - time.monotonic())
-        ready, remaining = ray.wait(remaining, num_returns=1, timeout=left)
-        if not ready:
-            late = ", ".join(names[reference] for reference in remaining)
-            raise ActorLostError(f"no answer from {late} within {timeout_seconds:.0f} s")
-        try:
-            done[names[ready[0]]] = ray.get(ready[0], timeout=max(1.0, left))
-        except RayTaskError as error:
-            raise error.cause from error
-        except (RayActorError, GetTimeoutError) as error:
-            raise ActorLostError(f"{names[ready[0]]} is lost: {error}") from error
-    return {name: done[name] for name in pending}

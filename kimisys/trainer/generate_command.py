@@ -1,0 +1,52 @@
+"""`kimisys generate`: what a model writes after given prompts."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+from kimisys.trainer.config import ConfigError, GenerateConfig
+from kimisys.trainer.engines import Sampling
+from kimisys.trainer.model_folder import check_engine, open_model
+from kimisys.trainer.serving import VERSION, find_weights, served
+
+
+def run(config: GenerateConfig, console: Console) -> None:
+    """Complete each prompt and print it with its completions."""
+    model = open_model(find_weights(config.folder).resolve())
+    check_engine(model.hf_config, config.tensor_parallel)
+    tokenizer = model.tokenizer
+    texts = config.prompts or tuple(line.rstrip("\n") for line in sys.stdin if line.strip())
+    if not texts:
+        raise ConfigError("there is no prompt: give some as arguments, or a line each on stdin")
+    prompts = [tokenizer.encode_prompt(text) for text in texts]
+    longest = max(map(len, prompts)) + config.max_tokens
+    context = int(model.hf_config["max_position_embeddings"])
+    if longest > context:
+        raise ConfigError(
+            f"the longest prompt and --max-tokens {config.max_tokens} take {longest} tokens, the "
+            f"model has room for {context}; lower --max-tokens"
+        )
+    with console.status(f"starting an engine with {model.folder}"):
+        with served(
+            model, config.dtype, longest, config.tensor_parallel, config.seed, config.ready_timeout
+        ) as engines:
+            how = Sampling(
+                config.samples,
+                config.temperature,
+                config.max_tokens,
+                [tokenizer.eos_id],
+                config.seed,
+            )
+            answers = engines.generate(prompts, how, VERSION)
+    for text, group in zip(texts, answers, strict=True):
+        for one in group:
+            ids = list(one.token_ids)
+            finished = bool(ids) and ids[-1] == tokenizer.eos_id
+            line = Text(text, "dim")
+            line.append(tokenizer.decode(ids[:-1] if finished else ids), "bold")
+            if not finished:
+                line.append(" …", "yellow")
+            console.print(line, soft_wrap=True)
