@@ -15,14 +15,14 @@ from kimisys.trainer.display import Display
 from kimisys.trainer.engines import Engines
 from kimisys.trainer.evaluation import evaluate, sample_records
 from kimisys.trainer.iteration import Iterations
-from kimisys.trainer.metrics import Summary, append_record, read_metrics, write_json
+from kimisys.trainer.metrics import Summary, append_record, open_records, read_metrics, write_json
 from kimisys.trainer.model_folder import ModelFolder
 from kimisys.trainer.processes import processes
 from kimisys.trainer.progress import Evaluation, Progress
 from kimisys.trainer.ranks import Ranks
 from kimisys.trainer.report import write_report
 from kimisys.trainer.task import Task
-from kimisys.trainer.tensorboard import TensorBoard
+from kimisys.trainer.tensorboard import TensorBoardLog
 from kimisys.trainer.warm_up import Demonstrations
 from kimisys.trainer.watch import Watch
 
@@ -121,7 +121,7 @@ class Master:
         data = Demonstrations(
             self._task.demonstrations, self._model.tokenizer, sft.batch_size, self._config.seed
         )
-        with open(self._out / "sft.jsonl", "a", encoding="utf-8") as log:
+        with open_records(self._out / "sft.jsonl") as log:
             while progress.step < sft.steps:
                 steps = range(progress.step, min(progress.step + SFT_CHUNK, sft.steps))
                 rates = [sft.learning_rate_at(step) for step in steps]
@@ -143,14 +143,15 @@ class Master:
         if progress.before is None:
             progress.before = self._evaluate(config, engines, iterations.served, "before")
         first = progress.step + 1 if progress.phase == "rl" else 1
-        with (
-            open(self._out / "metrics.jsonl", "a", encoding="utf-8") as log,
-            TensorBoard(self._out / "tensorboard", config.tensorboard) as board,
-        ):
+        with open_records(self._out / "metrics.jsonl") as log, ExitStack() as cleanup:
+            board = cleanup.enter_context(closing(TensorBoardLog(self._out, first))) if (
+                config.tensorboard
+            ) else None
             for step in range(first, config.steps + 1):
                 metrics = iterations.step(step)
                 append_record(log, asdict(metrics))
-                board.step(metrics)
+                if board is not None:
+                    board.step(metrics)
                 display.step(metrics)
                 progress.phase, progress.step = "rl", step
                 if step % config.checkpoint_every == 0 or step == config.steps:
@@ -171,7 +172,7 @@ class Master:
         found, greedy = evaluate(
             engines, self._model.tokenizer, self._task, problems, seed, version
         )
-        with open(self._out / "samples.jsonl", "a", encoding="utf-8") as log:
+        with open_records(self._out / "samples.jsonl") as log:
             for record in sample_records(problems[:SAMPLES_SHOWN], greedy):
                 append_record(log, {"when": when, **record})
         self._display.note(

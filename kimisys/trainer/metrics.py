@@ -1,18 +1,32 @@
-"""What a run writes down: metrics.jsonl, an object a step; summary.json, its outcome."""
+"""What a run writes down: metrics.jsonl, an object a step; samples.jsonl, what the model answers
+before and after; summary.json, the outcome."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Literal, TextIO, TypeVar
+
+import msgspec
+
+from kimisys.errors import KimisysError
+
+Record = TypeVar("Record")
+
+
+class RunFolderError(KimisysError):
+    """A file of a run that cannot be read. The message names it, the line, and the remedy."""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One RL iteration. Times are seconds, lengths tokens, rates tokens per second."""
+    """One RL iteration. Times are seconds, lengths tokens, rates tokens per second.
+
+    The fields with a default are known only where the recipe has what they measure.
+    """
 
     step: int
     version: int
@@ -32,6 +46,30 @@ class StepMetrics:
     score_seconds: float
     train_seconds: float
     step_seconds: float
+    correct_length: float | None = None
+    """Mean tokens of the right completions."""
+    length_reward: float | None = None
+    """Mean part of `reward` that the length reward gave."""
+    difficulty: float | None = None
+    """Mean difficulty of the problems drawn in this step."""
+    success_rate: float | None = None
+    """Mean tracked success rate of the admitted problems."""
+    admitted: float | None = None
+    """Problems that the curriculum has admitted so far."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A greedy answer to a held-out problem, before or after RL. tokens: of the completion."""
+
+    when: Literal["before", "after"]
+    prompt: str
+    answer: str
+    completion: str
+    finished: bool
+    """Whether the model ended it; otherwise the token limit cut it off."""
+    reward: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +101,14 @@ class Summary:
     seed: int
 
 
+def open_records(path: Path) -> TextIO:
+    """Open `path` to append to it; the unfinished last line that a crash has left is cut off."""
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole[0] + whole[1]))
+    return open(path, "a", encoding="utf-8")
+
+
 def append_record(stream: TextIO, record: Mapping[str, object]) -> None:
     """Add one line of JSON to `stream`, for others to read at once."""
     stream.write(json.dumps(record) + "\n")
@@ -74,3 +120,60 @@ def write_json(path: Path, record: object) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """The steps in `path`, in order; of several records of one step (a resumed run) the last.
+
+    The unfinished last line of a crash is dropped, keys of newer versions are ignored. Raises
+    RunFolderError, naming file and line, for what is not a record.
+    """
+    steps = {metrics.step: metrics for metrics in _records(path, StepMetrics)}
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples in `path`, in the order of their first mention; of several of one problem and
+    moment the last. Tolerant and strict like `read_metrics`."""
+    return list({(one.when, one.prompt): one for one in _records(path, Sample)}.values())
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """The one record of `kind` (a dataclass or TypedDict, as Summary) that `path` holds. Raises
+    RunFolderError for what is none."""
+    return _record(read_object(path), kind, str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that `path` holds. Raises RunFolderError naming `path`."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise RunFolderError(f"{path} holds no JSON object")
+    return record
+
+
+def _records(path: Path, kind: type[Record]) -> Iterator[Record]:
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # a record is written with its end of line
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise RunFolderError(f"{where} is no JSON ({error}); delete that line") from error
+        yield _record(record, kind, where)
+
+
+def _record(value: object, kind: type[Record], where: str) -> Record:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise RunFolderError(
+            f"{where} is no record of {kind.__name__}: {error}; it is damaged, or an older version "
+            "of kimisys wrote it"
+        ) from error

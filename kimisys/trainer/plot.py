@@ -1,45 +1,321 @@
-"""The curve that people would rather look at."""
+"""The pictures of a run: every curve of the report, and the README's curve.png."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
 from kimisys.trainer.metrics import StepMetrics, Summary
+
+PHASES = ("rollout", "score", "train", "sync")
+_MARKED_UP_TO = 40  # steps: beyond that, marks on a line are mush
+
+
+@dataclass(frozen=True)
+class History:
+    """What is drawn: the steps of a run, its outcome if it has ended, and the bound of its
+    log-probability gap, per token, if that is known."""
+
+    steps: Sequence[StepMetrics]
+    summary: Summary | None
+    gap_bound: float | None
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the steps."""
+        return [s.step for s in self.steps]
+
+    def values(self, name: str) -> list[float]:
+        """A metric at every step; NaN where it is not known or not finite."""
+        known = [getattr(s, name) for s in self.steps]
+        return [v if v is not None and math.isfinite(v) else math.nan for v in known]
+
+    def has(self, name: str) -> bool:
+        """Whether any step knows this metric."""
+        return any(getattr(s, name) is not None for s in self.steps)
+
+    def phase_seconds(self) -> dict[str, list[float]]:
+        """The seconds of each phase at every step; "other" is what is left of the step's time."""
+        seconds = {phase: self.values(f"{phase}_seconds") for phase in PHASES}
+        parts = zip(*seconds.values(), strict=True)
+        whole = self.values("step_seconds")
+        other = [max(0.0, all_ - sum(part)) for all_, part in zip(whole, parts, strict=True)]
+        return {**seconds, "other": other}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture. reading: how a newcomer reads it. needs: the metric without which there is
+    nothing to draw. draw: puts the curves of a history on empty axes."""
+
+    title: str
+    reading: str
+    unit: str
+    needs: str
+    draw: Callable[[Axes, History], None]
+
+
+def _lines(**labels: str) -> Callable[[Axes, History], None]:
+    """Draws one line for each metric that is known; keys are metrics, values labels."""
+
+    def draw(axes: Axes, history: History) -> None:
+        marker = "." if len(history.steps) <= _MARKED_UP_TO else ""
+        for name, label in labels.items():
+            if history.has(name):
+                axes.plot(history.numbers, history.values(name), marker=marker, label=label)
+
+    return draw
+
+
+def draw_pass_rate(axes: Axes, history: History) -> None:
+    """The pass rate in training, and before and after RL on the held-out problems."""
+    _lines(pass_rate="training, temperature 1")(axes, history)
+    summary = history.summary
+    if summary is not None:
+        ends = (0, max(history.numbers, default=0))
+        for before, after, mark, label in (
+            (summary.pass_rate_before, summary.pass_rate_after, "C1o", "held out, temperature 1"),
+            (summary.greedy_before, summary.greedy_after, "C2s", "held out, greedy"),
+        ):
+            marks = [(x, y) for x, y in zip(ends, (before, after), strict=True) if y is not None]
+            if marks:
+                xs, ys = zip(*marks, strict=True)
+                axes.plot(xs, ys, mark, label=label, markersize=8, fillstyle="none", mew=2)
+    axes.set_ylim(0, 1.04)
+
+
+def draw_phases(axes: Axes, history: History) -> None:
+    """The seconds of each phase, stacked up to the whole step."""
+    edges = [n - 0.5 for n in history.numbers] + [history.numbers[-1] + 0.5]
+    below = [0.0] * len(history.steps)
+    for i, (phase, seconds) in enumerate(history.phase_seconds().items()):
+        top = [b + s for b, s in zip(below, seconds, strict=True)]
+        axes.stairs(top, edges, baseline=below, fill=True, color=f"C{i}", label=phase)
+        below = top
+    axes.set_ylim(0, max(0.0, *axes.get_ylim()))
+
+
+def draw_gaps(axes: Axes, history: History) -> None:
+    """How far trainer and engine differ in log-probability, on a logarithmic scale."""
+    _lines(logprob_gap="mean of the step's tokens", probe_gap="largest on the probe")(axes, history)
+    axes.set_yscale("log", nonpositive="mask")
+    if history.gap_bound is not None:
+        axes.axhline(history.gap_bound, color="C3", linestyle="--", label="bound of the mean")
+    elif not any(v > 0 for name in ("logprob_gap", "probe_gap") for v in history.values(name)):
+        axes.set_yscale("linear")  # nothing but zeros has no logarithm
+
+
+def _draw_sync(axes: Axes, history: History) -> None:
+    marker = "." if len(history.steps) <= _MARKED_UP_TO else ""
+    milliseconds = [1e3 * s for s in history.values("sync_seconds")]
+    axes.plot(history.numbers, milliseconds, marker=marker)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+
+
+PASS_RATE = Chart(
+    "Pass rate",
+    "The share of right answers. The line is measured on each step's own samples; circles and "
+    "squares on held-out problems, before and after RL. Greedy takes the likeliest token always.",
+    "share of answers",
+    "pass_rate",
+    draw_pass_rate,
+)
+TIME = Chart(
+    "Where a step's time goes",
+    "rollout: the engine samples. score: the trainer computes the same tokens' log-probabilities. "
+    "train: gradient steps. sync: new weights reach the engine. other: what is left.",
+    "seconds",
+    "step_seconds",
+    draw_phases,
+)
+LEARNING = (
+    PASS_RATE,
+    Chart(
+        "Reward",
+        "What RL maximises, as a mean over the step's samples. It equals the pass rate where a "
+        "right answer earns 1 and nothing else counts.",
+        "mean reward",
+        "reward",
+        _lines(reward="all of it"),
+    ),
+    Chart(
+        "Length of completions",
+        "Tokens that the model writes before it stops or is cut off. A jump often means that it "
+        "has forgotten how to stop.",
+        "tokens",
+        "completion_length",
+        _lines(completion_length="all completions"),
+    ),
+    Chart(
+        "Loss",
+        "The surrogate of Kimi k1.5. It falls below 0 when right answers become likelier. Each "
+        "step has a new objective, so its level says little; a blow-up says much.",
+        "loss",
+        "loss",
+        _lines(loss="loss"),
+    ),
+    Chart(
+        "Divergence",
+        "How far one step moves the policy: the estimated KL divergence from its first policy to "
+        "its last. τ holds it down.",
+        "nats per completion",
+        "divergence",
+        _lines(divergence="divergence"),
+    ),
+    Chart(
+        "Gradient norm",
+        "Its size before clipping. Peaks are steps that --clip-gradient has tamed.",
+        "norm",
+        "gradient_norm",
+        _lines(gradient_norm="norm"),
+    ),
+)
+SHAPING = (
+    Chart(
+        "Length of right answers",
+        "The length reward prefers the short ones among right answers: with it, the line of right "
+        "answers falls while the pass rate holds.",
+        "tokens",
+        "correct_length",
+        _lines(correct_length="right answers", completion_length="all completions"),
+    ),
+    Chart(
+        "Length reward",
+        "Its part in the mean reward. It compares the samples of one problem, so it is near 0 in "
+        "the mean, and 0 when all are equally long.",
+        "reward",
+        "length_reward",
+        _lines(length_reward="length reward", reward="all of the reward"),
+    ),
+    Chart(
+        "Difficulty of the problems drawn",
+        "The curriculum goes from easy to hard; prioritised sampling prefers what still fails.",
+        "mean difficulty",
+        "difficulty",
+        _lines(difficulty="difficulty"),
+    ),
+    Chart(
+        "Tracked success rate",
+        "Of the admitted problems, as the sampler remembers them. A problem is drawn in proportion "
+        "to 1 minus its success rate.",
+        "mean success rate",
+        "success_rate",
+        _lines(success_rate="success rate"),
+    ),
+    Chart(
+        "Admitted problems",
+        "How many problems the curriculum lets the sampler choose from.",
+        "problems",
+        "admitted",
+        _lines(admitted="problems"),
+    ),
+)
+AGREEMENT = (
+    Chart(
+        "Trainer against engine",
+        "Both compute the same tokens' log-probabilities; rounding alone keeps them apart. Beyond "
+        "the dashed line the engine serves other weights than it should.",
+        "nats per token",
+        "logprob_gap",
+        draw_gaps,
+    ),
+    Chart(
+        "Weight sync",
+        "From publishing the new weights to serving them, digests verified.",
+        "milliseconds",
+        "sync_seconds",
+        _draw_sync,
+    ),
+)
+TIMES = (
+    TIME,
+    Chart(
+        "Sampling speed",
+        "Tokens that the engine writes in a second of rollout.",
+        "tokens per second",
+        "rollout_tokens_per_second",
+        _lines(rollout_tokens_per_second="tokens per second"),
+    ),
+)
+
+_STYLE = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.hashsalt": "kimisys",  # equal runs give equal files
+}
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours for one kind of background."""
+
+    ink: str
+    faint: str
+    series: tuple[str, ...]
+
+    def style(self) -> dict[Any, Any]:
+        """As settings of matplotlib."""
+        inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+        return {
+            **_STYLE,
+            **dict.fromkeys(inked, self.ink),
+            **dict.fromkeys(("axes.edgecolor", "grid.color"), self.faint),
+            "axes.prop_cycle": cycler(color=self.series),
+        }
+
+
+LIGHT = Palette("#3b4450", "#d5dae0", ("#2f6db3", "#e08a2e", "#3a9b74", "#c8504f", "#9aa4b0"))
+DARK = Palette("#c3ccd6", "#3a4452", ("#6cabea", "#f0a860", "#63c69c", "#ee7f7c", "#6f7b89"))
+
+
+def chart_svg(chart: Chart, history: History, palette: Palette) -> bytes:
+    """`chart` as an SVG file with a transparent background, letters as outlines (they look the same
+    without the font)."""
+    with rc_context(palette.style()):
+        figure = Figure(figsize=(4.8, 2.9), layout="constrained")
+        _draw(figure.subplots(), chart, history)
+        file = BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None:
     """Pass rate in training and on the held-out problems, and the time of each phase, as one
     PNG."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")  # not pyplot: no display, no state
-    rate: Axes
-    time: Axes
-    rate, time = figure.subplots(1, 2)
-    numbers = [s.step for s in steps]
-    rate.plot(
-        numbers, [s.pass_rate for s in steps], color="tab:blue", label="training, temperature 1"
-    )
-    ends = [0, summary.steps]
-    for before, after, mark, label in (
-        (summary.pass_rate_before, summary.pass_rate_after, "C1o", "held out, temperature 1"),
-        (summary.greedy_before, summary.greedy_after, "C2s", "held out, greedy"),
-    ):
-        marks = [(x, y) for x, y in zip(ends, (before, after), strict=True) if y is not None]
-        xs, ys = zip(*marks, strict=True)
-        rate.plot(xs, ys, mark, label=label, markersize=9, fillstyle="none", mew=2)
-    rate.set(xlabel="RL step", ylabel="pass rate", ylim=(0, 1.02), title="Pass rate")
-    rate.legend(loc="best")
-    for axes in (rate, time):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    rate.grid(alpha=0.3)
-    phases = ("rollout_seconds", "score_seconds", "train_seconds", "sync_seconds")
-    series = [[getattr(s, phase) for s in steps] for phase in phases]
-    time.stackplot(numbers, series, labels=[p.removesuffix("_seconds") for p in phases], alpha=0.85)
-    time.set(xlabel="RL step", ylabel="seconds", title="Where a step's time goes")
-    time.set_ylim(0, 1.4 * time.get_ylim()[1])
-    time.legend(loc="upper center", ncols=len(phases))
-    figure.savefig(path, dpi=110)
+    history = History(steps, summary, summary.logprob_gap_bound)
+    with rc_context({**LIGHT.style(), "font.size": 10, "savefig.facecolor": "white"}):
+        figure = Figure(figsize=(11, 3.8), layout="constrained")  # not pyplot: no display, no state
+        for axes, chart in zip(figure.subplots(1, 2), (PASS_RATE, TIME), strict=True):
+            _draw(axes, chart, history)
+            axes.set_title(chart.title, pad=24)  # above the legend
+        figure.savefig(path, dpi=110)
+
+
+def _draw(axes: Axes, chart: Chart, history: History) -> None:
+    chart.draw(axes, history)
+    axes.set(xlabel="RL step", ylabel=chart.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:  # above the axes: there it hides no curve
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(labels), **_COMPACT)
+
+
+_COMPACT = {"handlelength": 1.2, "columnspacing": 1.2, "handletextpad": 0.5, "fontsize": "small"}
