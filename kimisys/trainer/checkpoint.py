@@ -1,8 +1,6 @@
 """STUB"""
 
 from __future__ import annotations
-from pathlib import Path
-from kimisys.trainer.progress import Progress
 
 
 class Checkpoints:

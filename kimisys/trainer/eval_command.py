@@ -27,21 +27,22 @@ def run(config: EvalConfig, console: Console) -> None:
     problems = task.held_out[: config.problems]
     longest = model.longest(task, problems)
     started = time.monotonic()
-    with console.status(f"starting an engine with {model.folder}") as status:
-        with served(
-            model, config.dtype, longest, config.tensor_parallel, config.seed, config.ready_timeout
-        ) as engines:
-            status.update(f"sampling {len(problems)} problems x {config.samples}")
-            rollouts = sample(
-                engines,
-                model.tokenizer,
-                task,
-                problems,
-                config.samples,
-                config.temperature,
-                config.seed,
-                VERSION,
-            )
+    serving = served(
+        model, config.dtype, longest, config.tensor_parallel, config.seed, config.ready_timeout
+    )
+    starting = console.status(f"starting an engine with {model.folder}")
+    with starting as status, serving as engines:
+        status.update(f"sampling {len(problems)} problems x {config.samples}")
+        rollouts = sample(
+            engines,
+            model.tokenizer,
+            task,
+            problems,
+            config.samples,
+            config.temperature,
+            config.seed,
+            VERSION,
+        )
     figures = _figures(rollouts, config.samples)
     console.print(_table(figures))
     console.print(

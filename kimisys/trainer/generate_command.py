@@ -29,18 +29,18 @@ def run(config: GenerateConfig, console: Console) -> None:
             f"the longest prompt and --max-tokens {config.max_tokens} take {longest} tokens, the "
             f"model has room for {context}; lower --max-tokens"
         )
-    with console.status(f"starting an engine with {model.folder}"):
-        with served(
-            model, config.dtype, longest, config.tensor_parallel, config.seed, config.ready_timeout
-        ) as engines:
-            how = Sampling(
-                config.samples,
-                config.temperature,
-                config.max_tokens,
-                [tokenizer.eos_id],
-                config.seed,
-            )
-            answers = engines.generate(prompts, how, VERSION)
+    serving = served(
+        model, config.dtype, longest, config.tensor_parallel, config.seed, config.ready_timeout
+    )
+    with console.status(f"starting an engine with {model.folder}"), serving as engines:
+        how = Sampling(
+            config.samples,
+            config.temperature,
+            config.max_tokens,
+            [tokenizer.eos_id],
+            config.seed,
+        )
+        answers = engines.generate(prompts, how, VERSION)
     for text, group in zip(texts, answers, strict=True):
         for one in group:
             ids = list(one.token_ids)

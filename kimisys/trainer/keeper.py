@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "KIMISYS_RUN"
@@ -70,10 +70,8 @@ def _clear_up(master: int, mark: str) -> None:
     while (alive := _marked(token)) and time.monotonic() < deadline:
         for pid in alive:
             shared.update(_shared_files(pid))
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.05)
     for path in shared:
         path.unlink(missing_ok=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from kimisys.adapters.ray import Actors
 from kimisys.trainer.checkpoint import Checkpoints
@@ -15,8 +16,9 @@ from kimisys.trainer.display import Display
 from kimisys.trainer.engines import Engines
 from kimisys.trainer.evaluation import evaluate, sample_records
 from kimisys.trainer.iteration import Iterations
+from kimisys.trainer.machine import machine_record
 from kimisys.trainer.metrics import Summary, append_record, open_records, read_metrics, write_json
-from kimisys.trainer.model_folder import ModelFolder
+from kimisys.trainer.model_folder import ModelFolder, make_model
 from kimisys.trainer.processes import processes
 from kimisys.trainer.progress import Evaluation, Progress
 from kimisys.trainer.ranks import Ranks
@@ -45,23 +47,34 @@ class Master:
         started: float,
     ) -> None:
         self._config, self._out, self._display = config, out, display
-        self._model, self._task, self._started = model, task, started
-        self._checkpoints = Checkpoints(out / "checkpoints", model)
+        self._model = replace(model, folder=out.resolve() / model.folder)
+        self._task, self._started = task, started
+        self._command = "kimisys train" if isinstance(config, TrainConfig) else "kimisys sft"
+        self._checkpoints = Checkpoints(out / "checkpoints", self._model)
         self._progress = self._checkpoints.progress() or Progress(
             Watch(LOGPROB_GAP_BOUNDS[config.wire_dtype])
         )
         self._seconds_before = self._progress.seconds
         self._after: Evaluation | None = None
+        self._board = TensorBoardLog(out, self._next_step) if config.tensorboard else None
+
+    @property
+    def _next_step(self) -> int:
+        """The RL step that comes next, counted from 1."""
+        return self._progress.step + 1 if self._progress.phase == "rl" else 1
 
     def run(self) -> Summary:
         """Train; returns the summary, which is in `out`/summary.json however the run ends."""
         status = "completed"
+        write_json(self._out / "machine.json", machine_record())
         try:
             self._train()
         except BaseException as error:
             status = f"{type(error).__name__}: {error}"
             raise
         finally:
+            if self._board is not None:
+                self._board.close()
             summary = self._summary(status)
             write_json(self._out / "summary.json", asdict(summary))
         self._display.phase("writing the report")
@@ -70,6 +83,8 @@ class Master:
 
     def _train(self) -> None:
         config, display = self._config, self._display
+        if config.model is None:
+            make_model(self._model, config.seed)
         resumed = self._checkpoints.last()
         if resumed is not None:
             self._progress.resumed_at.append(self._progress.step)
@@ -101,12 +116,17 @@ class Master:
             actors,
             self._model.folder,
             config.wire_dtype,
-            self._model.longest(self._task),
+            self._longest(config),
             config.engines,
             config.engine_tensor_parallel,
             config.seed,
             config.ready_timeout,
         )
+
+    def _longest(self, config: TrainConfig) -> int:
+        """Tokens of the longest prompt and completion that will be sampled."""
+        held_out = self._task.held_out[: config.held_out]
+        return self._model.longest(self._task, [*self._task.problems, *held_out])
 
     def _start_ranks(self, ranks: Ranks, resumed: Path | None) -> None:
         ranks.start(resumed or self._model.folder)
@@ -142,16 +162,13 @@ class Master:
         iterations.sync()
         if progress.before is None:
             progress.before = self._evaluate(config, engines, iterations.served, "before")
-        first = progress.step + 1 if progress.phase == "rl" else 1
-        with open_records(self._out / "metrics.jsonl") as log, ExitStack() as cleanup:
-            board = cleanup.enter_context(closing(TensorBoardLog(self._out, first))) if (
-                config.tensorboard
-            ) else None
+        first = self._next_step
+        with open_records(self._out / "metrics.jsonl") as log:
             for step in range(first, config.steps + 1):
                 metrics = iterations.step(step)
                 append_record(log, asdict(metrics))
-                if board is not None:
-                    board.step(metrics)
+                if self._board is not None:
+                    self._board.step(metrics)
                 display.step(metrics)
                 progress.phase, progress.step = "rl", step
                 if step % config.checkpoint_every == 0 or step == config.steps:
@@ -197,19 +214,13 @@ class Master:
 
     def _summary(self, status: str) -> Summary:
         progress, watch = self._progress, self._progress.watch
-        steps = read_metrics(self._out / "metrics.jsonl")
+        log = self._out / "metrics.jsonl"
+        steps = read_metrics(log) if log.exists() else []
         seconds = sum(s.rollout_seconds for s in steps)
-        before, after = progress.before, self._after
         return Summary(
             status=status,
-            pass_rate_before=before and before.pass_rate,
-            pass_rate_after=after and after.pass_rate,
-            greedy_before=before and before.greedy,
-            greedy_after=after and after.greedy,
-            length_before=before and before.length,
-            length_after=after and after.length,
-            correct_length_before=before and before.correct_length,
-            correct_length_after=after and after.correct_length,
+            **_measured("before", progress.before),
+            **_measured("after", self._after),
             steps=progress.step if progress.phase == "rl" else 0,
             resumed_at=progress.resumed_at,
             wall_seconds=self._seconds(),
@@ -225,3 +236,11 @@ class Master:
             rollout_tokens_per_second=sum(s.tokens for s in steps) / seconds if seconds else 0.0,
             seed=self._config.seed,
         )
+
+
+def _measured(when: str, found: Evaluation | None) -> dict[str, Any]:
+    """An evaluation as the summary has it."""
+    return {
+        f"{name}_{when}": getattr(found, name, None)
+        for name in ("pass_rate", "greedy", "length", "correct_length")
+    }

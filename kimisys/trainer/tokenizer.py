@@ -59,8 +59,8 @@ class Tokenizer:
             inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TokenizerError(
-                f"{folder} has no tokenizer that transformers can read ({error}); copy the files of "
-                "the model's tokenizer there"
+                f"{folder} has no tokenizer that transformers can read ({error}); copy the files "
+                "of the model's tokenizer there"
             ) from error
         return cls(inner, f"the tokenizer of {folder}")
 
