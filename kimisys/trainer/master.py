@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from kimisys.adapters.megatron.families import check_layout
 from kimisys.adapters.ray import local_cluster
 from kimisys.errors import DigestError, KimisysError
-from kimisys.trainer.arithmetic import ArithmeticTask, Problem
+from kimisys.trainer.arithmetic import ArithmeticConfig, arithmetic_task
 from kimisys.trainer.batch import Batch, make_batch
 from kimisys.trainer.config import LOGPROB_GAP_BOUNDS, TrainConfig
 from kimisys.trainer.display import Display
@@ -23,6 +24,7 @@ from kimisys.trainer.megatron_rank import Improvement
 from kimisys.trainer.metrics import StepMetrics, Summary, append_metrics, write_json
 from kimisys.trainer.plot import plot_run
 from kimisys.trainer.rollout import Rollouts, sample
+from kimisys.trainer.task import Demonstration
 from kimisys.trainer.tokenizer import Tokenizer
 
 SFT_CHUNK = 25  # steps between two signs of life
@@ -81,16 +83,16 @@ class Master:
         self._config, self._out, self._display = config, out, display
         self._started = started
         self._tokenizer = Tokenizer()
-        self._task = ArithmeticTask()
+        self._task = arithmetic_task(ArithmeticConfig(held_out=config.held_out))
         self._hf_config = config.model.hugging_face(
             self._tokenizer.vocab_size,
-            self._task.max_prompt_tokens + self._task.max_completion_tokens,
+            self._longest_prompt() + self._task.max_completion_tokens,
             self._tokenizer.eos_id,
             self._tokenizer.pad_id,
         )
         check_layout(self._hf_config, config.tensor_parallel, config.tensor_parallel)
-        self._held_out = self._task.held_out(config.held_out)
-        self._probe = self._tokenizer.encode(self._held_out[0].demonstration)
+        shown = self._task.demonstrations[0]
+        self._probe = self._tokenizer.encode(shown.prompt + shown.completion)
         self._watch = Watch(LOGPROB_GAP_BOUNDS[config.wire_dtype])
         self._steps: list[StepMetrics] = []
         self._rates: list[tuple[float, float]] = []
@@ -140,10 +142,10 @@ class Master:
 
     def _warm_up(self, fleet: Fleet) -> None:
         sft = self._config.sft
-        examples = self._task.sft_examples(self._config.seed, sft.steps * sft.batch_size)
+        source = random.Random(f"sft {self._config.seed}")
         batches = [
-            self._demonstrations(examples[i : i + sft.batch_size])
-            for i in range(0, len(examples), sft.batch_size)
+            self._demonstrations(source.sample(self._task.demonstrations, sft.batch_size))
+            for _ in range(sft.steps)
         ]
         for first in range(0, sft.steps, SFT_CHUNK):
             chunk = batches[first : first + SFT_CHUNK]
@@ -154,11 +156,16 @@ class Master:
                 f"supervised warm-up: step {done}/{sft.steps}, loss {losses[-1]:.3f}"
             )
 
-    def _demonstrations(self, problems: Sequence[Problem]) -> Batch:
+    def _longest_prompt(self) -> int:
+        prompts = [problem.prompt for problem in (*self._task.problems, *self._task.held_out)]
+        prompts += [shown.prompt for shown in self._task.demonstrations]
+        return max(len(self._tokenizer.encode(prompt)) for prompt in prompts)
+
+    def _demonstrations(self, shown: Sequence[Demonstration]) -> Batch:
         encode, eos = self._tokenizer.encode, self._tokenizer.eos_id
         return make_batch(
-            [encode(problem.prompt) for problem in problems],
-            [[*encode(problem.completion), eos] for problem in problems],
+            [encode(one.prompt) for one in shown],
+            [[*encode(one.completion), eos] for one in shown],
             self._tokenizer.pad_id,
         )
 
@@ -257,7 +264,8 @@ class Master:
 
     def _sample(self, fleet: Fleet, step: int) -> Rollouts:
         config = self._config
-        problems = self._task.problems(config.seed, step, config.prompts)
+        source = random.Random(f"rl {config.seed} {step}")
+        problems = source.sample(self._task.problems, config.prompts)
         return sample(
             fleet,
             self._tokenizer,
@@ -277,7 +285,7 @@ class Master:
             sample(
                 fleet,
                 self._tokenizer,
-                self._held_out,
+                self._task.held_out,
                 1,
                 temperature,
                 self._task.max_completion_tokens,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from kimisys.rewards.arithmetic import check
-from kimisys.trainer.arithmetic import Problem
 from kimisys.trainer.batch import Batch, make_batch
 from kimisys.trainer.fleet import Fleet
+from kimisys.trainer.task import Problem
 from kimisys.trainer.tokenizer import Tokenizer
 
 
