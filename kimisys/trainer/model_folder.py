@@ -64,12 +64,8 @@ def make_model(model: ModelFolder, seed: int) -> None:
         write_initial_checkpoint(model.folder, model.hf_config, seed, arithmetic_files())
 
 
-def open_model(folder: Path) -> ModelFolder:
-    """Read configuration and tokenizer, and the headers of the weights.
-
-    Raises CheckpointError for a folder that lacks something, LayoutError for an architecture that
-    is not supported, TokenizerError.
-    """
+def read_model(folder: Path) -> ModelFolder:
+    """Read configuration and tokenizer, no weights. Raises CheckpointError, TokenizerError."""
     path = folder / "config.json"
     try:
         hf_config = json.loads(path.read_text())
@@ -78,14 +74,24 @@ def open_model(folder: Path) -> ModelFolder:
             f"{path} cannot be read ({error}); give a Hugging Face folder with config.json, a "
             "tokenizer and *.safetensors"
         ) from error
-    wanted = {t.name for t in family_of(hf_config).hf_tensors("float32")}
+    return ModelFolder(folder, hf_config, Tokenizer.read(folder))
+
+
+def open_model(folder: Path) -> ModelFolder:
+    """Like `read_model`, and look whether the folder has the model's weights.
+
+    Raises CheckpointError for a folder that lacks something, LayoutError for an architecture that
+    is not supported, TokenizerError.
+    """
+    model = read_model(folder)
+    wanted = {t.name for t in family_of(model.hf_config).hf_tensors("float32")}
     held = {t.name for t in open_checkpoint(folder).layout.tensors}
     if missing := sorted(wanted - held):
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the model's {len(wanted)} tensors, {missing[0]!r} "
             "first; copy the whole checkpoint"
         )
-    return ModelFolder(folder, hf_config, Tokenizer.read(folder))
+    return model
 
 
 def check_megatron(hf_config: dict[str, Any], config: RunConfig) -> None:
