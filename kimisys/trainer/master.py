@@ -88,7 +88,7 @@ class Master:
             self._tokenizer.eos_id,
             self._tokenizer.pad_id,
         )
-        check_layout(self._hf_config, config.tensor_parallel, config.tensor_parallel)
+        check_layout(self._hf_config, config.tensor_parallel, 1, config.tensor_parallel)
         self._held_out = self._task.held_out(config.held_out)
         self._probe = self._tokenizer.encode(self._held_out[0].demonstration)
         self._watch = Watch(LOGPROB_GAP_BOUNDS[config.wire_dtype])
