@@ -14,7 +14,7 @@ import torch
 from kimisys.adapters.megatron import runtime
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_model
-from kimisys.adapters.megatron.policy import Policy
+from kimisys.adapters.megatron.policy import LossShare, Policy
 from kimisys.adapters.ray import Actor
 from kimisys.broadcast import Publisher, snapshot_layout
 from kimisys.reshard import Layout, plan
@@ -74,11 +74,11 @@ class MegatronRank(Actor):
         micro_batch_tokens: int,
     ) -> None:
         torch.set_num_threads(1)
-        world = place.tensor_parallel * place.pipeline_parallel
         runtime.initialize(
             place.tensor_parallel,
+            place.pipeline_parallel,
             place.rank,
-            world,
+            place.tensor_parallel * place.pipeline_parallel,
             place.address,
             place.port,
             seed,
@@ -139,18 +139,17 @@ class MegatronRank(Actor):
         losses, norms, divergence = [], [], 0.0
         for chosen in np.array_split(order, work.minibatches):
             rows = np.flatnonzero(np.isin(work.groups, chosen))
-            loss = _PolicyLoss(work, rows)
             batch = work.batch.rows(rows)
             step = self.policy.policy_step(
                 _tensor(batch.tokens),
                 _tensor(batch.mask),
-                loss,
+                _PolicyLoss(work, rows),
                 work.learning_rate,
                 work.clip_gradient,
             )
             losses.append(step.loss)
             norms.append(step.gradient_norm)
-            divergence = loss.divergence
+            divergence = step.statistics["divergence"]
         drift = self.policy.replica_difference()
         return Improved(float(np.mean(losses)), float(np.mean(norms)), divergence, drift)
 
@@ -177,14 +176,12 @@ class _PolicyLoss:
         self._weights = sample_weights(groups)
         self._reference = _tensor(work.reference[rows])
         self._tau = work.tau
-        self.divergence = 0.0
 
-    def __call__(self, log_probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, log_probs: torch.Tensor, rows: torch.Tensor) -> LossShare:
         result = policy_loss(
             log_probs, self._reference[rows], self._advantages[rows], self._weights[rows], self._tau
         )
-        self.divergence += float(result.divergence)
-        return result.loss
+        return LossShare(result.loss, {"divergence": float(result.divergence)})
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

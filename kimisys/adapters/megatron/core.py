@@ -16,6 +16,8 @@ with warnings.catch_warnings():
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import random as random_states
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -24,11 +26,14 @@ with warnings.catch_warnings():
 __all__ = [
     "GPTModel",
     "ModuleSpec",
+    "ProcessGroupCollection",
     "ShardedTensor",
     "ShardedTensorFactory",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "get_forward_backward_func",
     "get_gpt_layer_local_spec",
     "parallel_state",
     "random_states",
+    "schedules",
 ]

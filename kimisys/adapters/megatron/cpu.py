@@ -1,9 +1,10 @@
 """The one place where megatron-core's CUDA calls are answered on a machine without CUDA.
 
-megatron-core 0.16.1 runs forward and backward on gloo once three of its habits are answered: it
-asks CUDA for the device of new buffers, keeps CUDA generator states for dropout, and warns unless a
-CUDA variable is set. Its default causal mask is the fourth, `device="cuda"`; layers.py needs no
-mask.
+megatron-core 0.16.1 runs forward and backward on gloo once its habits are answered: it asks CUDA
+for the device of new buffers, keeps CUDA generator states for dropout, and warns unless a CUDA
+variable is set. Its pipeline schedules make a counter on `device="cuda"` and wait for the device;
+a tied embedding is moved to it. Its default causal mask is the last, also `device="cuda"`;
+layers.py needs no mask.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from kimisys.adapters.megatron.core import random_states
 
@@ -41,20 +44,43 @@ class NoRandomStates:
         yield
 
 
+class CudaIsCpu(TorchFunctionMode):
+    """Inside the block, what asks for `device="cuda"` gets the CPU, and `.cuda()` moves nothing.
+
+    Does nothing where CUDA is available.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.cuda.is_available():
+            if func is torch.Tensor.cuda:
+                return args[0]
+            if kwargs.get("device") == "cuda":
+                kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
 def _cpu_device() -> torch.device:
     return torch.device("cpu")
+
+
+def _synchronize(device: Any = None) -> None:
+    """What runs on the CPU is done when it returns."""
 
 
 def apply() -> bool:
     """Answer megatron-core's CUDA calls with the CPU; do nothing where CUDA is available.
 
     Returns True when the answers are in place. Idempotent. Must run before a model is built. It
-    changes `torch.cuda.current_device` for the whole process: a Megatron rank is a process of its
-    own.
+    changes `torch.cuda.current_device` and `torch.cuda.synchronize` for the whole process: a
+    Megatron rank is a process of its own. `CudaIsCpu` answers the rest.
     """
     if torch.cuda.is_available():
         return False
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
+    torch.cuda.synchronize = _synchronize
     if not isinstance(random_states._CUDA_RNG_STATE_TRACKER, NoRandomStates):
         random_states._CUDA_RNG_STATE_TRACKER = NoRandomStates()
         random_states._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

@@ -17,7 +17,7 @@ import torch
 
 from kimisys.adapters.megatron.core import ShardedTensor, ShardedTensorFactory
 from kimisys.adapters.megatron.families import Family, family_of
-from kimisys.adapters.megatron.model import Model
+from kimisys.adapters.megatron.model import Model, whole_pipeline
 from kimisys.errors import LayoutError
 from kimisys.reshard import Buffer, Fragment, Layout, Padding, Region
 from kimisys.reshard.tracer import Mapped, dtype_name, trace_mapping
@@ -56,7 +56,7 @@ def model_layout(model: Model, hf_config: Mapping[str, Any], rank: int) -> Layou
     dtype = dtype_name(shards[0].dtype)
 
     tensors = family.hf_tensors(dtype)
-    boxes = _trace(family, shards, dtype)
+    boxes = _trace(family, _global_shapes(model, shards), dtype)
     fragments = [
         fragment
         for shard in shards
@@ -75,12 +75,14 @@ def model_buffers(model: torch.nn.Module, rank: int) -> dict[tuple[int, str], np
     Raises LayoutError for a parameter that is not contiguous or not in host memory.
     """
     return {
-        (rank, name): _bytes(name, parameter.detach())
+        (rank, name): tensor_bytes(name, parameter.detach())
         for name, parameter in model.named_parameters()
     }
 
 
-def _bytes(name: str, parameter: torch.Tensor) -> np.ndarray:
+def tensor_bytes(name: str, parameter: torch.Tensor) -> np.ndarray:
+    """A tensor's memory as uint8[nbytes], a view that writes through. `name` is for the
+    LayoutError that a tensor raises which is not contiguous or not in host memory."""
     if parameter.device.type != "cpu" or not parameter.is_contiguous():
         raise LayoutError(
             f"parameter {name!r} is on {parameter.device} with strides {parameter.stride()}: "
@@ -139,13 +141,23 @@ def _check_known(shards: list[_Shard], parameters: Mapping[str, torch.Tensor]) -
         )
 
 
-def _trace(family: Family, shards: list[_Shard], dtype: str) -> dict[str, list[Mapped]]:
+def _global_shapes(model: Model, shards: list[_Shard]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all global tensors by key, also of those that other pipeline stages hold."""
+    if not (model.pre_process and model.post_process):
+        whole = whole_pipeline(model)
+        shards = list(_shards(whole, dict(whole.named_parameters())))
+    return {shard.key: shard.global_shape for shard in shards}
+
+
+def _trace(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> dict[str, list[Mapped]]:
     """The family's rule as boxes, by the key of the Megatron tensor they lie in."""
 
     def on_meta(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
-    sources = {shard.key: on_meta(shard.global_shape) for shard in shards}
+    sources = {key: on_meta(shape) for key, shape in shapes.items()}
     destinations = {t.name: on_meta(tuple(t.shape)) for t in family.hf_tensors(dtype)}
     try:
         mapped = trace_mapping(sources, destinations, family.rule)

@@ -1,32 +1,43 @@
-"""The policy on one tensor-parallel rank: scores tokens, takes optimizer steps. Knows nothing of
-rewards.
+"""The policy on one rank of a tensor- and pipeline-parallel model: scores tokens, takes optimizer
+steps. Knows nothing of rewards.
 
-All ranks of the tensor-parallel group make the same calls with the same arguments, in the same
-order; each gets the same results. Batches are right-padded: attention is causal, so what follows a
-token cannot change it, and padding needs no mask. Positions are paired as in tokens[:, t] →
-tokens[:, t + 1].
+All ranks make the same calls with the same arguments, in the same order; each gets the same
+results. Losses are computed where the log-probs are, on the last stage. Batches are right-padded:
+attention is causal, so what follows a token cannot change it, and padding needs no mask. Positions
+are paired as in tokens[:, t] → tokens[:, t + 1].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from kimisys.adapters.megatron import gradients
+from kimisys.adapters.megatron import gradients, optimizer_state, pipeline
 from kimisys.adapters.megatron.core import parallel_state
 from kimisys.adapters.megatron.log_probs import gathered_log_probs, target_log_probs
 from kimisys.adapters.megatron.model import Model
 from kimisys.errors import LayoutError
 
-SequenceLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(sequence log-probs float32[m], rows int64[m]) → those rows' share of the loss; the shares are
-summed."""
 
-_Share = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+@dataclass(frozen=True)
+class LossShare:
+    """What some rows add to a step's loss (a scalar, differentiable) and to its statistics: numbers
+    that are summed by name."""
+
+    loss: torch.Tensor
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+SequenceLoss = Callable[[torch.Tensor, torch.Tensor], LossShare]
+"""(sequence log-probs float32[m], rows int64[m]) → those rows' share of the loss. Called on the
+last stage alone: what is to be known of it elsewhere belongs into the statistics."""
+
+_Share = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LossShare]
 
 
 @dataclass(frozen=True)
@@ -41,13 +52,15 @@ class Adam:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. loss: as the caller's loss is scaled. gradient_norm: before clipping."""
+    """One optimizer step, the same on every rank. loss: as the caller's loss is scaled.
+    gradient_norm: before clipping. statistics: the sums of those that the loss gave."""
 
     loss: float
     gradient_norm: float
     tokens: int
     micro_batches: int
     learning_rate: float
+    statistics: Mapping[str, float]
 
 
 class Policy:
@@ -65,12 +78,12 @@ class Policy:
             raise LayoutError(
                 "Policy trains one replica, but there are "
                 f"{parallel_state.get_data_parallel_world_size()} data-parallel replicas: "
-                "make world_size equal to tensor_parallel"
+                "make world_size equal to tensor_parallel times pipeline_parallel"
             )
         self.model = model
         self.adam = adam or Adam()
         self.micro_batch_tokens = micro_batch_tokens
-        self._group = parallel_state.get_tensor_model_parallel_group()
+        self._groups = gradients.Groups.of_this_rank()
         self._parameters = list(model.parameters())
         self._optimizer = torch.optim.AdamW(
             self._parameters,
@@ -86,7 +99,6 @@ class Policy:
         """The dtype of the parameters."""
         return self._parameters[0].dtype
 
-    @torch.no_grad()
     def token_log_probs(
         self, tokens: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -97,15 +109,29 @@ class Policy:
         """
         _check_batch(tokens, mask)
         result = torch.zeros(tokens.shape[0], tokens.shape[1] - 1)
-        for rows, length in self._micro_batches(tokens, mask):
-            result[rows, : length - 1] = self._log_probs(tokens[rows, :length])
+        batches = self._micro_batches(tokens, mask)
+
+        def keep(logits: torch.Tensor, number: int) -> None:
+            rows, length = batches[number]
+            result[rows, : length - 1] = self._log_probs(logits, tokens[rows, 1:length])
+
+        pipeline.evaluate(
+            self.model, [tokens[rows, : length - 1] for rows, length in batches], keep
+        )
+        pipeline.from_last_stage(result)
         return result if mask is None else result.masked_fill_(mask == 0, 0.0)
 
-    @torch.no_grad()
     def full_log_probs(self, tokens: torch.Tensor) -> torch.Tensor:
         """log π(· | tokens[:, : t + 1]) over the whole vocabulary: float32[b, s, vocab]. For
         small probes: it gathers the logits of all ranks."""
-        return gathered_log_probs(self._logits(tokens), self.model.family.vocab_size, self._group)
+        vocab_size = self.model.family.vocab_size
+        result = torch.zeros(*tokens.shape, vocab_size)
+
+        def keep(logits: torch.Tensor, number: int) -> None:
+            result.copy_(gathered_log_probs(logits, vocab_size, self._groups.tensor))
+
+        pipeline.evaluate(self.model, [tokens], keep)
+        return pipeline.from_last_stage(result)
 
     def sft_step(
         self,
@@ -125,8 +151,8 @@ class Policy:
         if not selected:
             raise ValueError("the mask selects no token: there is nothing to train on")
 
-        def share(log_probs: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            return -log_probs.masked_fill(~mask, 0.0).sum() / selected
+        def share(log_probs: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> LossShare:
+            return LossShare(-log_probs.masked_fill(~mask, 0.0).sum() / selected)
 
         return self._step(tokens, mask, share, learning_rate, max_gradient_norm)
 
@@ -143,12 +169,12 @@ class Policy:
 
         tokens: int64[b, s]. mask: [b, s - 1]. loss: called once per micro-batch, with the sequence
         log-probs of some rows (differentiable) and the indices of these rows; returns their share
-        of the loss, a scalar. A row that `mask` leaves empty comes with 0.0. Raises
+        of the loss. A row that `mask` leaves empty comes with 0.0. Raises
         FloatingPointError when the gradient is not finite; the weights are then as before.
         """
         _check_batch(tokens, mask)
 
-        def share(log_probs: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        def share(log_probs: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> LossShare:
             return loss(log_probs.masked_fill(~mask, 0.0).sum(1), rows)
 
         return self._step(tokens, mask, share, learning_rate, max_gradient_norm)
@@ -158,10 +184,25 @@ class Policy:
         iteration."""
         self._optimizer.state.clear()
 
+    def optimizer_buffers(self, rank: int) -> dict[tuple[int, str], np.ndarray]:
+        """The optimizer's moments as buffers of `optimizer_state.optimizer_layout`, to save or to
+        load into; after a reset, zeros. `reset_optimizer` leaves them behind: ask again."""
+        parameters = dict(self.model.named_parameters())
+        return optimizer_state.optimizer_buffers(self._optimizer, parameters, rank)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps since the last reset. To be set, with the moments, when a checkpoint is loaded."""
+        return optimizer_state.steps_taken(self._optimizer)
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        optimizer_state.set_steps_taken(self._optimizer, steps)
+
     def replica_difference(self) -> float:
-        """How far the ranks' copies of replicated parameters have drifted apart; 0.0 is what it
-        must be."""
-        return gradients.replica_difference(self._parameters, self._group)
+        """How far the ranks' copies of parameters have drifted apart, those of one stage and those
+        of a tied embedding; 0.0 is what it must be."""
+        return gradients.replica_difference(self._parameters, self._groups)
 
     @contextmanager
     def on_wire(self, dtype: torch.dtype) -> Iterator[None]:
@@ -190,20 +231,23 @@ class Policy:
         learning_rate: float,
         max_gradient_norm: float | None,
     ) -> Step:
-        mask = mask != 0
-        self._optimizer.zero_grad(set_to_none=True)
-        loss, processed, micro_batches = 0.0, 0, self._micro_batches(tokens, mask)
-        for rows, length in micro_batches:
-            log_probs = self._log_probs(tokens[rows, :length])
-            part = share(log_probs, mask[rows, : length - 1], rows)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
-            processed += len(rows) * length
+        mask, batches = mask != 0, self._micro_batches(tokens, mask)
 
-        gradients.sum_partial_gradients(
-            self.model.named_parameters(), self.model.family.has_partial_gradient, self._group
+        def close(logits: torch.Tensor, number: int) -> tuple[torch.Tensor, LossShare]:
+            rows, length = batches[number]
+            log_probs = self._log_probs(logits, tokens[rows, 1:length])
+            part = share(log_probs, mask[rows, : length - 1], rows)
+            return part.loss, LossShare(part.loss.detach(), part.statistics)
+
+        self._optimizer.zero_grad(set_to_none=True)
+        inputs = [tokens[rows, : length - 1] for rows, length in batches]
+        loss, statistics = _totals(pipeline.accumulate_gradients(self.model, inputs, close))
+        gradients.complete_gradients(
+            list(self.model.named_parameters()),
+            self.model.family.has_partial_gradient,
+            self._groups,
         )
-        norm = gradients.gradient_norm(self._parameters, self._group)
+        norm = gradients.gradient_norm(self._parameters, self._groups)
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
@@ -216,19 +260,14 @@ class Policy:
             settings["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return Step(loss, norm, processed, len(micro_batches), learning_rate)
+        processed = sum(len(rows) * length for rows, length in batches)
+        return Step(loss, norm, processed, len(batches), learning_rate, statistics)
 
-    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """This rank's share of the padded vocabulary's logits: [b, s, rows]."""
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        logits: torch.Tensor = self.model(tokens, positions, None)
-        return logits
-
-    def _log_probs(self, tokens: torch.Tensor) -> torch.Tensor:
-        """float32[b, s - 1], differentiable. The last token predicts nothing, so it is not
-        computed."""
-        logits = self._logits(tokens[:, :-1])
-        return target_log_probs(logits, tokens[:, 1:], self.model.family.vocab_size, self._group)
+    def _log_probs(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """float32[b, t], differentiable; logits as the last stage gives them, targets int64[b, t].
+        The last token predicts nothing, so it was not computed."""
+        vocab_size = self.model.family.vocab_size
+        return target_log_probs(logits, targets, vocab_size, self._groups.tensor)
 
     def _micro_batches(
         self, tokens: torch.Tensor, mask: torch.Tensor | None
@@ -248,6 +287,17 @@ class Policy:
             batches.append((order[start:end], length))
             start = end
         return batches
+
+
+def _totals(shares: list[LossShare]) -> tuple[float, dict[str, float]]:
+    """Loss and statistics of a whole step, as the last stage sums them."""
+    loss, statistics = 0.0, dict[str, float]()
+    for share in shares:
+        loss += float(share.loss)
+        for name, value in share.statistics.items():
+            statistics[name] = statistics.get(name, 0.0) + float(value)
+    loss, statistics = pipeline.facts_from_last_stage([loss, statistics])
+    return loss, statistics
 
 
 def _check_batch(tokens: torch.Tensor, mask: torch.Tensor | None) -> None:

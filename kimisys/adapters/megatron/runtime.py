@@ -27,6 +27,7 @@ from kimisys.errors import LayoutError
 
 def initialize(
     tensor_parallel: int,
+    pipeline_parallel: int,
     rank: int,
     world_size: int,
     address: str,
@@ -36,7 +37,7 @@ def initialize(
     hf_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Join the other ranks and form Megatron's groups: tensor-parallel groups of `tensor_parallel`
-    neighbours.
+    neighbours; the pipeline's stages take the ranks in order, so stage 0 has the first ones.
 
     Rank 0 listens at `address`:`port` (an IP address; loopback keeps every socket on the loopback
     interface). `seed` seeds torch's generator: equal on all ranks, because each cuts its shards out
@@ -44,9 +45,9 @@ def initialize(
     collective. Raises LayoutError for an impossible layout (with `hf_config`, also of the model)
     before anything starts; TimeoutError, naming the ranks that did not come.
     """
-    check_world(tensor_parallel, world_size)
+    check_world(tensor_parallel, pipeline_parallel, world_size)
     if hf_config is not None:
-        check_layout(hf_config, tensor_parallel, world_size)
+        check_layout(hf_config, tensor_parallel, pipeline_parallel, world_size)
     _check_rank(rank, world_size)
     if ipaddress.ip_address(address).is_loopback:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -54,7 +55,7 @@ def initialize(
     timeout = timedelta(seconds=timeout_seconds)
     store = _meet(rank, world_size, address, port, timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    _form_groups(tensor_parallel, timeout)
+    _form_groups(tensor_parallel, pipeline_parallel, timeout)
     torch.manual_seed(seed)
 
 
@@ -67,7 +68,9 @@ def shutdown() -> None:
 
 
 @contextmanager
-def offline(tensor_parallel: int, rank: int, world_size: int) -> Iterator[None]:
+def offline(
+    tensor_parallel: int, pipeline_parallel: int, rank: int, world_size: int
+) -> Iterator[None]:
     """Be `rank` of `world_size` inside the block, alone: collectives do nothing, but groups have
     their sizes.
 
@@ -76,11 +79,11 @@ def offline(tensor_parallel: int, rank: int, world_size: int) -> Iterator[None]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    check_world(tensor_parallel, world_size)
+    check_world(tensor_parallel, pipeline_parallel, world_size)
     _check_rank(rank, world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        _form_groups(tensor_parallel, timedelta(seconds=60))
+        _form_groups(tensor_parallel, pipeline_parallel, timedelta(seconds=60))
         yield
     finally:
         shutdown()
@@ -93,10 +96,11 @@ def _check_rank(rank: int, world_size: int) -> None:
         raise LayoutError(f"rank {rank} is not one of the {world_size} ranks 0..{world_size - 1}")
 
 
-def _form_groups(tensor_parallel: int, timeout: timedelta) -> None:
+def _form_groups(tensor_parallel: int, pipeline_parallel: int, timeout: timedelta) -> None:
     cpu.apply()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,  # beside NCCL ones; ours are gloo already
     )

@@ -29,7 +29,7 @@ FOUR_GROUPS = {**TINY, "num_attention_heads": 8, "num_key_value_heads": 4}
 def offline_layout(config: dict[str, Any], tensor_parallel: int) -> Layout:
     layouts = []
     for rank in range(tensor_parallel):
-        with runtime.offline(tensor_parallel, rank, tensor_parallel):
+        with runtime.offline(tensor_parallel, 1, rank, tensor_parallel):
             layouts.append(model_layout(build_model(config, torch.float32, "meta"), config, rank))
     return Layout.merge(layouts)
 
@@ -79,7 +79,7 @@ def test_a_rank_may_hold_nothing_but_padding() -> None:
 
 def test_fused_rows_come_from_where_hugging_face_keeps_them() -> None:
     """Megatron's QKV of a rank, row for row, against indices written out by hand."""
-    with runtime.offline(2, 1, 2):
+    with runtime.offline(2, 1, 1, 2):
         model = build_model(TINY, torch.float32)
         layout, buffers = model_layout(model, TINY, 1), model_buffers(model, 1)
     arrays = {
@@ -101,7 +101,7 @@ def test_one_seed_is_one_model_at_every_size() -> None:
     for tensor_parallel in (1, 2):
         layouts, buffers = [], {}
         for rank in range(tensor_parallel):
-            with runtime.offline(tensor_parallel, rank, tensor_parallel):
+            with runtime.offline(tensor_parallel, 1, rank, tensor_parallel):
                 torch.manual_seed(5)
                 model = build_model(TINY, torch.float32)
                 layouts.append(model_layout(model, TINY, rank))
@@ -119,7 +119,7 @@ def test_one_seed_is_one_model_at_every_size() -> None:
 
 
 def test_bfloat16_parameters_are_bytes_too() -> None:
-    with runtime.offline(1, 0, 1):
+    with runtime.offline(1, 1, 0, 1):
         model = build_model(TINY, torch.bfloat16)
         layout, buffers = model_layout(model, TINY, 0), model_buffers(model, 0)
     assert {tensor.dtype for tensor in layout.tensors} == {"bfloat16"}
@@ -182,14 +182,14 @@ def test_a_model_needs_process_groups_first() -> None:
 
 def test_a_rank_outside_the_world_is_refused() -> None:
     with pytest.raises(LayoutError, match=r"rank 2 is not one of the 2 ranks 0\.\.1"):
-        runtime.initialize(2, 2, 2, "127.0.0.1", free_port(), 0)
+        runtime.initialize(2, 1, 2, 2, "127.0.0.1", free_port(), 0)
 
 
 def test_a_missing_rank_is_named() -> None:
     with pytest.raises(TimeoutError, match="for rank 1, which did not come"):
-        runtime.initialize(2, 0, 2, "127.0.0.1", free_port(), 0, timeout_seconds=0.5)
+        runtime.initialize(2, 1, 0, 2, "127.0.0.1", free_port(), 0, timeout_seconds=0.5)
     with pytest.raises(TimeoutError, match=r"rank 1 of 2 waited 0\.5 s for rank 0"):
-        runtime.initialize(2, 1, 2, "127.0.0.1", free_port(), 0, timeout_seconds=0.5)
+        runtime.initialize(2, 1, 1, 2, "127.0.0.1", free_port(), 0, timeout_seconds=0.5)
 
 
 def test_architectures_are_listed() -> None:

@@ -25,7 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from kimisys.adapters.megatron import gradients, runtime
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import Model, build_model
-from kimisys.adapters.megatron.policy import Adam, Policy, Step
+from kimisys.adapters.megatron.policy import Adam, LossShare, Policy, Step
 from kimisys.reshard import Layout, plan
 
 DEADLINE = 240.0
@@ -66,13 +66,12 @@ def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens, mask, lengths
 
 
-def sequence_loss(
-    log_probs: torch.Tensor, rows: torch.Tensor, before: torch.Tensor
-) -> torch.Tensor:
+def sequence_loss(log_probs: torch.Tensor, rows: torch.Tensor, before: torch.Tensor) -> LossShare:
     """k1.5's shape: a weighted log-prob and a squared log-ratio."""
     advantages = torch.linspace(-1, 1, 8)[rows]
     ratio = log_probs - before[rows]
-    return ((-log_probs * advantages + TAU / 2 * ratio.square()) / 8).sum()
+    loss = ((-log_probs * advantages + TAU / 2 * ratio.square()) / 8).sum()
+    return LossShare(loss, {"rows": float(len(rows)), "ratio": float(ratio.detach().sum())})
 
 
 def reference_log_probs(model: Qwen3ForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -116,7 +115,7 @@ class Rank:
 def work(rank: int, world: int, port: int, folder: Path) -> None:
     """Everything that needs ranks, for each case; what was found is saved for the tests to
     judge."""
-    runtime.initialize(world, rank, world, "127.0.0.1", port, 11, 120.0, TINY)
+    runtime.initialize(world, 1, rank, world, "127.0.0.1", port, 11, 120.0, TINY)
     (folder / f"listening-{rank}.txt").write_text(" ".join(listening_addresses()))
     for case in CASES:
         state = Rank(rank, folder, case)
@@ -162,7 +161,9 @@ def train(state: Rank) -> None:
     state.save_weights("policy")
     frozen = [array.copy() for array in state.buffers.values()]
     with pytest.raises(FloatingPointError, match="the step was not taken"):
-        policy.policy_step(tokens, mask, lambda values, rows: values.sum() * torch.nan, RATE)
+        policy.policy_step(
+            tokens, mask, lambda values, rows: LossShare(values.sum() * torch.nan), RATE
+        )
     same = all(np.array_equal(a, b) for a, b in zip(frozen, state.buffers.values(), strict=True))
     state.note(untouched_by_nan=same)
 
@@ -278,7 +279,7 @@ def test_policy_steps_are_those_of_transformers(ranks: Path, case: str) -> None:
     for step in range(STEPS):
         optimizer.zero_grad()
         values = reference_log_probs(model, tokens).masked_fill(~mask, 0.0).sum(1)
-        loss = sequence_loss(values, torch.arange(8), before)
+        loss = sequence_loss(values, torch.arange(8), before).loss
         loss.backward()
         optimizer.step()
         assert found[f"policy{step}_loss"] == pytest.approx(loss.item(), abs=1e-4)
@@ -323,7 +324,7 @@ def adam_of(model: Qwen3ForCausalLM) -> torch.optim.AdamW:
 
 
 def test_wrong_batches_are_refused() -> None:
-    with runtime.offline(1, 0, 1):
+    with runtime.offline(1, 1, 0, 1):
         policy = Policy(build_model(TINY, torch.float32))
         tokens, mask = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 3)
         with pytest.raises(ValueError, match="selects no token"):
@@ -332,7 +333,7 @@ def test_wrong_batches_are_refused() -> None:
             policy.sft_step(tokens, torch.ones(2, 4), 1e-3)
         with pytest.raises(ValueError, match=r"int64\[b, s\]"):
             policy.token_log_probs(tokens.int())
-    with runtime.offline(1, 0, 2), pytest.raises(Exception, match="data-parallel replicas"):
+    with runtime.offline(1, 1, 0, 2), pytest.raises(Exception, match="data-parallel replicas"):
         Policy(build_model(TINY, torch.float32))
 
 
@@ -341,7 +342,7 @@ def test_bfloat16_model_scores_and_steps() -> None:
     with torch.no_grad():
         wanted = reference_log_probs(reference("tied"), tokens)
     arrays = weights_of(reference("tied"))
-    with runtime.offline(1, 0, 1):
+    with runtime.offline(1, 1, 0, 1):
         model = build_model(config_of("tied"), torch.bfloat16)
         policy, layout = Policy(model), model_layout(model, config_of("tied"), 0)
         plan(memory_layout(arrays), layout).execute(memory_buffers(arrays), model_buffers(model, 0))

@@ -26,7 +26,7 @@ def main(model: Path, ranks: int, checkpoint: Path, memory: Path) -> None:
     config = json.loads(text)
     layouts, buffers = [], {}
     for rank in range(ranks):
-        with runtime.offline(ranks, rank, ranks):
+        with runtime.offline(ranks, 1, rank, ranks):
             built = build_model(config, torch.float32)
             randomize(built, seed=rank)
             layouts.append(model_layout(built, config, rank))

@@ -26,6 +26,10 @@ class Family(Protocol):
         """Rows of the vocabulary that are real; Megatron pads them."""
 
     @property
+    def layers(self) -> int:
+        """Transformer layers; a pipeline gives each stage as many."""
+
+    @property
     def vocabulary_keys(self) -> tuple[str, ...]:
         """Keys of the Megatron tensors whose axis 0 is the padded vocabulary."""
 
@@ -76,23 +80,41 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     return _FAMILIES[names[0]](hf_config)
 
 
-def check_layout(hf_config: Mapping[str, Any], tensor_parallel: int, world_size: int) -> None:
+def check_layout(
+    hf_config: Mapping[str, Any], tensor_parallel: int, pipeline_parallel: int, world_size: int
+) -> None:
     """Raise LayoutError when the model cannot be laid out so; nothing is started to find out."""
-    check_world(tensor_parallel, world_size)
-    family_of(hf_config).check_tensor_parallel(tensor_parallel)
+    check_world(tensor_parallel, pipeline_parallel, world_size)
+    check_model(family_of(hf_config), tensor_parallel, pipeline_parallel)
 
 
-def check_world(tensor_parallel: int, world_size: int) -> None:
-    """Raise LayoutError when `world_size` ranks cannot form groups of `tensor_parallel`."""
-    if tensor_parallel < 1 or world_size < 1:
+def check_model(family: Family, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Raise LayoutError when the model cannot be split into so many shards and stages."""
+    family.check_tensor_parallel(tensor_parallel)
+    if pipeline_parallel < 1 or family.layers % pipeline_parallel:
+        legal = [n for n in range(1, family.layers + 1) if family.layers % n == 0]
         raise LayoutError(
-            f"tensor_parallel {tensor_parallel} and world_size {world_size} must both be at least 1"
+            f"pipeline_parallel {pipeline_parallel} does not divide num_hidden_layers "
+            f"{family.layers}: each stage must hold as many layers; "
+            f"pipeline_parallel may be one of {legal}"
         )
-    if world_size % tensor_parallel:
-        legal = [size for size in range(1, world_size + 1) if world_size % size == 0]
+
+
+def check_world(tensor_parallel: int, pipeline_parallel: int, world_size: int) -> None:
+    """Raise LayoutError when `world_size` ranks cannot form replicas of `tensor_parallel` times
+    `pipeline_parallel` ranks."""
+    if min(tensor_parallel, pipeline_parallel, world_size) < 1:
         raise LayoutError(
-            f"world_size {world_size} is not divisible by tensor_parallel {tensor_parallel}: "
-            f"with {world_size} ranks tensor_parallel may be one of {legal}"
+            f"tensor_parallel {tensor_parallel}, pipeline_parallel {pipeline_parallel} and "
+            f"world_size {world_size} must all be at least 1"
+        )
+    if world_size % (tensor_parallel * pipeline_parallel):
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        legal = [(tp, pp) for tp in divisors for pp in divisors if world_size % (tp * pp) == 0]
+        raise LayoutError(
+            f"world_size {world_size} is not divisible by tensor_parallel {tensor_parallel} times "
+            f"pipeline_parallel {pipeline_parallel}: with {world_size} ranks (tensor_parallel, "
+            f"pipeline_parallel) may be one of {legal}"
         )
 
 
