@@ -17,7 +17,8 @@ from kimisys.reshard.safetensors import create_checkpoint
 
 
 def write_initial_checkpoint(folder: Path, hf_config: Mapping[str, Any], seed: int) -> None:
-    """A float32 checkpoint: norms at one, matrices normal with deviation `initializer_range`."""
+    """A float32 checkpoint: norms at one, all else normal with deviation
+    `initializer_range`. Biases too: at zero, one that is lost on the way would not be missed."""
     tensors = family_of(hf_config).hf_tensors("float32")
     spread = float(hf_config["initializer_range"])
     files = {"config.json": json.dumps(dict(hf_config), indent=2) + "\n"}
@@ -28,7 +29,7 @@ def write_initial_checkpoint(folder: Path, hf_config: Mapping[str, Any], seed: i
             shape = tuple(fragment.region.extent)
             count = int(np.prod(shape))
             view = np.frombuffer(data, np.float32, count, fragment.byte_offset).reshape(shape)
-            if len(shape) == 1:
+            if fragment.tensor.endswith("norm.weight"):
                 view[:] = 1.0
             else:
                 view[:] = generator.standard_normal(shape, np.float32) * spread
