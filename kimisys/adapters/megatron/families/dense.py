@@ -1,5 +1,5 @@
-"""What the dense families share: grouped-query attention, SwiGLU, RMSNorm, rotary embedding, tied or
-untied embeddings. QK-norm and a bias on the QKV projection are what they differ by.
+"""What the dense families share: grouped-query attention, SwiGLU, RMSNorm, rotary embedding, tied
+or untied embeddings. QK-norm and a bias on the QKV projection are what they differ by.
 
 Hugging Face: transformers' `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`. Megatron:
 GPTModel with the local layer spec, keys as in `ShardedTensor.key`; tensors inside layers have a
