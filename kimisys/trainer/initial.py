@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,13 @@ from kimisys.reshard.safetensors import create_checkpoint
 
 
 def write_initial_checkpoint(
-    folder: Path, hf_config: Mapping[str, Any], seed: int, more: Mapping[str, str]
+    folder: Path,
+    hf_config: Mapping[str, Any],
+    seed: int,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """A float32 checkpoint: norms at one, matrices normal with deviation `initializer_range`.
+    """A float32 checkpoint: norms at one, all else normal with deviation
+    `initializer_range`. Biases too: at zero, one that is lost on the way would not be missed.
 
     more: further text files, by name; those of a tokenizer.
     """
@@ -33,7 +38,7 @@ def write_initial_checkpoint(
             shape = tuple(fragment.region.extent)
             count = int(np.prod(shape))
             view = np.frombuffer(data, np.float32, count, fragment.byte_offset).reshape(shape)
-            if len(shape) == 1:
+            if fragment.tensor.endswith("norm.weight"):
                 view[:] = 1.0
             else:
                 view[:] = generator.standard_normal(shape, np.float32) * spread

@@ -102,12 +102,15 @@ def _build(
 
 def _layer_specs(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with our attention and norms in it, for a stage of `layers`."""
-    spec: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec: ModuleSpec = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     attention = spec.submodules.self_attention.submodules
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention.q_layernorm = RMSNorm
-    attention.k_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
     attention.core_attention = CausalAttention
     # left out, Megatron takes the same number from the configuration, and warns
     spec.submodules.mlp.params["ffn_hidden_size"] = config.ffn_hidden_size

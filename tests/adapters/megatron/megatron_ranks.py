@@ -13,26 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_models import tiny_config
 
 from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor
 
-TINY: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 29,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 64,
-    "hidden_act": "silu",
-}
-"""Two layers; 29 rows of vocabulary, so that padding is real."""
+TINY = tiny_config("qwen3", head_dim=16, vocab_size=29, max_position_embeddings=64)
+"""Two KV heads of 16; 29 rows of vocabulary, which Megatron pads."""
 
 
 def run_ranks(world: int, work: Callable[..., None], *arguments: Any, deadline: float) -> None:

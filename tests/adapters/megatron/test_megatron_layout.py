@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from megatron_ranks import TINY, free_port, memory_buffers, memory_layout
+from tiny_models import FAMILIES, tiny_config
 
 from kimisys.adapters.megatron import runtime
 from kimisys.adapters.megatron.families import (
@@ -23,7 +23,7 @@ from kimisys.adapters.megatron.model import build_model
 from kimisys.errors import LayoutError
 from kimisys.reshard import Layout, plan
 
-FOUR_GROUPS = {**TINY, "num_attention_heads": 8, "num_key_value_heads": 4}
+FOUR_GROUPS = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 29}
 
 
 def offline_layout(config: dict[str, Any], tensor_parallel: int) -> Layout:
@@ -35,8 +35,13 @@ def offline_layout(config: dict[str, Any], tensor_parallel: int) -> Layout:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def config(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    yield {**FOUR_GROUPS, "tie_word_embeddings": request.param}
+def tied(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def config(request: pytest.FixtureRequest, tied: bool) -> dict[str, Any]:
+    return tiny_config(request.param, tied=tied, **FOUR_GROUPS)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
@@ -45,7 +50,7 @@ def test_layout_holds_every_element_exactly_once(
 ) -> None:
     layout = offline_layout(config, tensor_parallel)
     assert list(layout.tensors) == sorted(
-        Qwen3.from_config(config).hf_tensors("float32"), key=lambda t: t.name
+        family_of(config).hf_tensors("float32"), key=lambda t: t.name
     )
     held = {tensor.name: np.zeros(tuple(tensor.shape), dtype=int) for tensor in layout.tensors}
     for fragment in layout.cover().fragments:
@@ -69,7 +74,7 @@ def test_every_parameter_byte_is_an_element_or_padding(
 
 
 def test_a_rank_may_hold_nothing_but_padding() -> None:
-    config = {**FOUR_GROUPS, "vocab_size": 17}
+    config = tiny_config("qwen3", **FOUR_GROUPS | {"vocab_size": 17})
     layout = offline_layout(config, 4)
     rows = {(p.rank, p.buffer): p.nbytes // (64 * 4) for p in layout.padding}
     assert rows[2, "output_layer.weight"] == 7
@@ -79,21 +84,24 @@ def test_a_rank_may_hold_nothing_but_padding() -> None:
 
 def test_fused_rows_come_from_where_hugging_face_keeps_them() -> None:
     """Megatron's QKV of a rank, row for row, against indices written out by hand."""
+    config = tiny_config("qwen2")
     with runtime.offline(2, 1, 1, 2):
-        model = build_model(TINY, torch.float32)
-        layout, buffers = model_layout(model, TINY, 1), model_buffers(model, 1)
+        model = build_model(config, torch.float32)
+        layout, buffers = model_layout(model, config, 1), model_buffers(model, 1)
     arrays = {
         t.name: np.full(tuple(t.shape), -1, dtype=np.float32)
-        for t in Qwen3.from_config(TINY).hf_tensors("float32")
+        for t in family_of(config).hf_tensors("float32")
     }
     for kind, start in (("q", 0), ("k", 1000), ("v", 2000)):
-        rows = arrays[f"model.layers.1.self_attn.{kind}_proj.weight"]
-        rows[:] = start + np.arange(len(rows))[:, None]
+        for part in ("weight", "bias"):
+            rows = arrays[f"model.layers.1.self_attn.{kind}_proj.{part}"]
+            rows.T[:] = start + np.arange(len(rows))
     plan(memory_layout(arrays), layout).execute(memory_buffers(arrays), buffers)
-    weight = dict(model.named_parameters())["decoder.layers.1.self_attention.linear_qkv.weight"]
-    rows = weight.detach()[:, 0].numpy().astype(int)
-    # rank 1 holds KV head 1: query heads 2 and 3, key head 1, value head 1, of 16 rows each
-    assert rows.tolist() == [*range(32, 64), *range(1016, 1032), *range(2016, 2032)]
+    qkv = model.decoder.layers[1].self_attention.linear_qkv
+    # rank 1 holds KV head 1: query heads 2 and 3, key head 1, value head 1, of 32 rows each
+    wanted = [*range(64, 128), *range(1032, 1064), *range(2032, 2064)]
+    assert qkv.weight.detach()[:, 0].int().tolist() == wanted
+    assert qkv.bias.detach().int().tolist() == wanted
 
 
 def test_one_seed_is_one_model_at_every_size() -> None:
@@ -108,7 +116,7 @@ def test_one_seed_is_one_model_at_every_size() -> None:
                 buffers |= model_buffers(model, rank)
         arrays = {
             t.name: np.zeros(tuple(t.shape), np.float32)
-            for t in Qwen3.from_config(TINY).hf_tensors("float32")
+            for t in family_of(TINY).hf_tensors("float32")
         }
         gather = plan(Layout.merge(layouts), memory_layout(arrays))
         gather.execute(buffers, memory_buffers(arrays))
@@ -142,8 +150,8 @@ def test_bfloat16_parameters_are_bytes_too() -> None:
         ({"num_attention_heads": 6, "num_key_value_heads": 6}, 4, 4, "num_attention_heads 6 and"),
         ({"intermediate_size": 97}, 2, 2, r"does not divide intermediate_size 97 .*one of \[1\]"),
         ({"num_key_value_heads": 3}, 1, 1, "not a multiple of num_key_value_heads 3"),
-        ({"architectures": ["LlamaForCausalLM"]}, 1, 1, "'LlamaForCausalLM' is not supported"),
-        ({"architectures": None}, 1, 1, "must be one of: Qwen3ForCausalLM"),
+        ({"architectures": ["OPTForCausalLM"]}, 1, 1, "'OPTForCausalLM' is not supported"),
+        ({"architectures": None}, 1, 1, "must be one of: LlamaForCausalLM, Qwen2ForCausalLM, Qwen"),
         ({"attention_bias": True}, 1, 1, "attention_bias True"),
         ({"use_sliding_window": True}, 1, 1, "use_sliding_window True"),
         ({"hidden_act": "gelu"}, 1, 1, "hidden_act 'gelu'"),
@@ -155,9 +163,9 @@ def test_impossible_layouts_are_refused_with_what_is_legal(
 ) -> None:
     config = {**TINY, **change}
     with pytest.raises(LayoutError, match=message):
-        check_layout(config, tensor_parallel, world)
+        check_layout(config, tensor_parallel, 1, world)
     with pytest.raises(LayoutError, match=message):
-        runtime.initialize(tensor_parallel, 0, world, "127.0.0.1", free_port(), 0, 5.0, config)
+        runtime.initialize(tensor_parallel, 1, 0, world, "127.0.0.1", free_port(), 0, 5.0, config)
     assert not torch.distributed.is_initialized()
 
 
@@ -170,7 +178,7 @@ def test_a_configuration_with_a_hole_is_refused() -> None:
 def test_older_configurations_keep_rope_at_the_top() -> None:
     config = {k: v for k, v in TINY.items() if k != "rope_parameters"}
     family = family_of({**config, "rope_theta": 5e5, "rope_scaling": None})
-    assert isinstance(family, Qwen3) and family.rope_theta == 5e5
+    assert isinstance(family, Qwen3) and family.rope.theta == 5e5
     with pytest.raises(LayoutError, match="rope_type 'yarn'"):
         family_of({**config, "rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}})
 
@@ -193,4 +201,4 @@ def test_a_missing_rank_is_named() -> None:
 
 
 def test_architectures_are_listed() -> None:
-    assert implementations() == ["Qwen3ForCausalLM"]
+    assert implementations() == ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]

@@ -20,7 +20,8 @@ from megatron_ranks import (
     memory_layout,
     run_ranks,
 )
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_models import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kimisys.adapters.megatron import gradients, runtime
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
@@ -33,17 +34,23 @@ DEADLINE = 240.0
 # tiny gradient.
 ADAM = Adam(betas=(0.9, 0.95), epsilon=1e-3, weight_decay=0.1)
 RATE, MAX_NORM, TAU, STEPS = 1e-2, 0.5, 0.1, 3
-CASES = {"untied": False, "tied": True}
+CASES = {
+    "untied": TINY,
+    "tied": {**TINY, "tie_word_embeddings": True},
+    "llama": tiny_config("llama", tied=True, vocab_size=29, head_dim=16),
+    "qwen2": tiny_config("qwen2", vocab_size=29, hidden_size=64),
+}
 
 
 def config_of(case: str) -> dict[str, Any]:
-    return {**TINY, "tie_word_embeddings": CASES[case]}
+    return CASES[case]
 
 
-def reference(case: str) -> Qwen3ForCausalLM:
+def reference(case: str) -> PreTrainedModel:
     """A float32 model with weights large enough, and norms uneven enough, for mistakes to show."""
     torch.manual_seed(7)
-    model = Qwen3ForCausalLM(Qwen3Config(**config_of(case), attn_implementation="eager"))
+    config = AutoConfig.for_model(**config_of(case))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.3 if "norm" in name else 0.15
@@ -51,7 +58,7 @@ def reference(case: str) -> Qwen3ForCausalLM:
     return model
 
 
-def weights_of(model: Qwen3ForCausalLM) -> dict[str, np.ndarray]:
+def weights_of(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
@@ -74,7 +81,7 @@ def sequence_loss(log_probs: torch.Tensor, rows: torch.Tensor, before: torch.Ten
     return LossShare(loss, {"rows": float(len(rows)), "ratio": float(ratio.detach().sum())})
 
 
-def reference_log_probs(model: Qwen3ForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
+def reference_log_probs(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     logits = model(tokens).logits.float()
     chosen = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])
     return chosen.squeeze(-1)
@@ -209,7 +216,7 @@ def gathered_weights(folder: Path, case: str, moment: str) -> dict[str, np.ndarr
     return arrays
 
 
-def assert_close(actual: dict[str, np.ndarray], wanted: Qwen3ForCausalLM, bound: float) -> None:
+def assert_close(actual: dict[str, np.ndarray], wanted: PreTrainedModel, bound: float) -> None:
     for name, value in weights_of(wanted).items():
         np.testing.assert_allclose(actual[name], value, rtol=0, atol=bound, err_msg=name)
 
@@ -294,7 +301,8 @@ def test_ranks_hold_equal_replicas_after_steps(ranks: Path, case: str) -> None:
     assert len(drifts) == STEPS + 1 and not any(drifts)
     arrays = [np.load(path) for path in sorted((ranks / f"{case}-policy").glob("*.npz"))]
     replicated = [name for name in arrays[0] if "layernorm" in name]
-    assert len(replicated) == 4 * 2 + 1
+    norms = 2 if case in ("llama", "qwen2") else 4
+    assert len(replicated) == norms * 2 + 1
     for name in replicated:
         for other in arrays[1:]:
             np.testing.assert_array_equal(other[name], arrays[0][name], err_msg=name)
@@ -313,7 +321,7 @@ def test_ranks_listen_on_loopback_alone(ranks: Path) -> None:
     assert paths and all(path.read_text() == "127.0.0.1" for path in paths)
 
 
-def adam_of(model: Qwen3ForCausalLM) -> torch.optim.AdamW:
+def adam_of(model: PreTrainedModel) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(),
         lr=RATE,

@@ -2,8 +2,8 @@
 here.
 
 A family knows the Hugging Face tensors of a model, how they lie in Megatron's global (unsharded)
-tensors, and which layouts are possible. One file for each; `family_of` picks one by the
-architecture's name.
+tensors, and which layouts are possible. One file for each, and one for what the dense ones share;
+`family_of` picks one by the architecture's name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kimisys.adapters.megatron.families.llama import Llama
+from kimisys.adapters.megatron.families.qwen2 import Qwen2
 from kimisys.adapters.megatron.families.qwen3 import Qwen3
 from kimisys.errors import LayoutError
 from kimisys.reshard import Tensor
@@ -56,7 +58,9 @@ class Family(Protocol):
 
 
 _FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
-    "Qwen3ForCausalLM": Qwen3.from_config
+    "LlamaForCausalLM": Llama.from_config,
+    "Qwen2ForCausalLM": Qwen2.from_config,
+    "Qwen3ForCausalLM": Qwen3.from_config,
 }
 
 

@@ -1,0 +1,62 @@
+"""Rotary embeddings as config.json describes them, for megatron-core's GPTModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kimisys.errors import LayoutError
+
+_LLAMA3_CONSTANTS = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What megatron-core 0.16.1 (RotaryEmbedding._apply_scaling) computes with, whatever is asked."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """theta: the base of the wavelengths. llama3_factor: by how much Llama 3.1 stretches the long
+    ones; None where they are as they are."""
+
+    theta: float
+    llama3_factor: float | None = None
+
+    @classmethod
+    def from_config(cls, hf_config: Mapping[str, Any]) -> Rope:
+        """Read config.json's contents: `rope_parameters` in transformers 5, `rope_scaling` and
+        keys at the top before.
+
+        Raises LayoutError for what megatron-core cannot compute exactly, KeyError for a number
+        that is missing.
+        """
+        scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+        given = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0, **hf_config, **scaling}
+        if given["partial_rotary_factor"] != 1.0:
+            raise LayoutError(
+                f"partial_rotary_factor {given['partial_rotary_factor']!r} is not supported: only "
+                "1.0 is, where the whole head is rotated"
+            )
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind == "default":
+            return cls(float(given["rope_theta"]))
+        if kind != "llama3":
+            raise LayoutError(
+                f"rope_type {kind!r} is not supported: only 'default' and 'llama3' are"
+            )
+        for name, constant in _LLAMA3_CONSTANTS.items():
+            if float(scaling[name]) != constant:
+                raise LayoutError(
+                    f"{name} {scaling[name]!r} of rope_type 'llama3' is not supported: "
+                    f"megatron-core always computes with {constant}"
+                )
+        return cls(float(given["rope_theta"]), float(scaling["factor"]))
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of megatron-core's GPTModel."""
+        arguments = {"position_embedding_type": "rope", "rotary_base": self.theta}
+        if self.llama3_factor is None:
+            return arguments
+        return {**arguments, "rope_scaling": True, "rope_scaling_factor": self.llama3_factor}
