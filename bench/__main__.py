@@ -19,11 +19,11 @@ from bench.harness import Record, machine, measure
 
 
 def names() -> list[str]:
-    """The benchmarks: every module here that defines `cases`."""
+    """The benchmarks: the modules here that define `cases`."""
     found = (
         m.name
         for m in pkgutil.iter_modules(bench.__path__)
-        if m.name not in {"__main__", "harness"}
+        if m.name not in {"__main__", "ceiling", "harness"}
     )
     return sorted(found)
 
@@ -35,13 +35,13 @@ def run(
 ) -> int:
     """Run the benchmark NAME; without a name, list what there is.
 
-    Every case checks its answer, then times ours and its peer alternately. Exit status 1: a wrong
+    Every case checks its answer, then times ours and its peers in turn. Exit status 1: a wrong
     answer.
 
     Args:
         name: Which benchmark.
         json_file: Also write the records to this file.
-        repeats: Timed runs of each side.
+        repeats: Timed runs of ours and of each peer.
     """
     console = Console(width=None if sys.stdout.isatty() else 110)
     if not name:
@@ -80,10 +80,12 @@ def _table(records: list[Record]) -> Table:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for r in records:
         if not r.correct:
-            table.add_row(r.case, "[red]wrong answer[/]", "", r.peer, "")
+            table.add_row(r.case, "[red]wrong answer[/]", "", "", "")
             continue
         own = f"{r.value:.2f} {r.unit} [{r.low:.2f} {r.high:.2f}]".replace("[", "\\[")
-        table.add_row(r.case, own, f"{r.peer_value:.2f} {r.unit}", r.peer, f"{r.ratio:.2f}")
+        for i, peer in enumerate(r.peers):
+            first = ("", "") if i else (r.case, own)
+            table.add_row(*first, f"{peer.value:.2f} {r.unit}", peer.name, f"{peer.ratio:.2f}")
     return table
 
 

@@ -1,4 +1,4 @@
-"""Timing for shared machines: the answer checked first, then ours and the peer in turn."""
+"""Timing for shared machines: the answer checked first, then ours and its peers in turn."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Record:
-    """One measured case. value: the median; low, high: the extremes; ratio: ours against the peer,
-    larger is better.
+class Peer:
+    """What one peer reached beside ours. value: its median, in the record's unit; ratio: ours
+    against it, the median over the rounds, larger is better."""
 
-    With `correct` false there is no time and no ratio.
+    name: str
+    value: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured case. value: the median; low, high: the extremes.
+
+    With `correct` false there is no time and no peer.
     """
 
     bench: str
@@ -27,56 +36,46 @@ class Record:
     value: float | None
     low: float | None
     high: float | None
-    peer: str
-    peer_value: float | None
-    ratio: float | None
+    peers: tuple[Peer, ...]
     correct: bool
     machine: str
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time. `ours` and `peer` do the same work, and `correct` looks at what `ours`
-    made."""
+    """Something to time. `ours` and each of `peers` do the same work, and `correct` looks at what
+    `ours` made."""
 
     name: str
     ours: Callable[[], object]
-    peer_name: str
-    peer: Callable[[], object]
+    peers: dict[str, Callable[[], object]]
     correct: Callable[[], bool]
     nbytes: int | None = None
     """Bytes moved by one call: the metric is then GB/s, otherwise milliseconds."""
 
 
 def measure(bench: str, case: Case, repeats: int) -> Record:
-    """Check the answer, then time `ours` and `peer` alternately, `repeats` times each after a
+    """Check the answer, then time `ours` and the peers in turn, `repeats` times each after a
     warm-up."""
     metric, unit = ("throughput", "GB/s") if case.nbytes is not None else ("time", "ms")
     case.ours()
     if not case.correct():
-        return Record(
-            bench,
-            case.name,
-            metric,
-            unit,
-            None,
-            None,
-            None,
-            case.peer_name,
-            None,
-            None,
-            False,
-            machine(),
-        )
-    case.peer()
-    ours, peers = [], []
+        return Record(bench, case.name, metric, unit, None, None, None, (), False, machine())
+    for peer in case.peers.values():
+        peer()
+    ours: list[float] = []
+    peers: dict[str, list[float]] = {name: [] for name in case.peers}
     for _ in range(repeats):
         ours.append(_seconds(case.ours))
-        peers.append(_seconds(case.peer))
-    ratio = statistics.median(peer / own for own, peer in zip(ours, peers, strict=True))
+        for name, peer in case.peers.items():
+            peers[name].append(_seconds(peer))
 
     def figure(seconds: float) -> float:
         return seconds * 1e3 if case.nbytes is None else case.nbytes / seconds / 1e9
+
+    def against(name: str, times: list[float]) -> Peer:
+        ratios = (theirs / own for own, theirs in zip(ours, times, strict=True))
+        return Peer(name, statistics.median(map(figure, times)), statistics.median(ratios))
 
     figures = [figure(seconds) for seconds in ours]
     return Record(
@@ -87,9 +86,7 @@ def measure(bench: str, case: Case, repeats: int) -> Record:
         statistics.median(figures),
         min(figures),
         max(figures),
-        case.peer_name,
-        statistics.median(map(figure, peers)),
-        ratio,
+        tuple(against(name, times) for name, times in peers.items()),
         True,
         machine(),
     )

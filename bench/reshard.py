@@ -1,12 +1,13 @@
-"""Planning and executing: strided copies and casts, against torch doing the same copy."""
+"""Executing plans: strided copies and casts, against torch's copy_ and against one contiguous copy of
+the same bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
+from bench.ceiling import ceilings
 from bench.harness import Case
 from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, itemsize, plan
 
@@ -29,64 +30,136 @@ def matrix(rows: int, columns: int, dtype: str, rank: int, parts: int, axis: int
     return Layout([Tensor("w", dtype, [rows, columns])], buffers, fragments)
 
 
-def column_shards(row_bytes: int, total: int) -> Case:
+def random_int16(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """[rows, columns], int16: the bits of any bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 1 << 15, (rows, columns), generator=generator, dtype=torch.int16)
+
+
+def gather(row_bytes: int, total: int) -> Case:
     """Two column shards into one whole matrix: rows of `row_bytes` on the source's side."""
-    columns, rows = 2 * row_bytes // 2, total // (2 * row_bytes)
+    half = row_bytes // 2
+    rows = total // (2 * row_bytes)
     made = plan(
-        matrix(rows, columns, "bfloat16", 0, 2, axis=1),
-        matrix(rows, columns, "bfloat16", 0, 1, axis=1),
+        matrix(rows, 2 * half, "bfloat16", 0, 2, axis=1),
+        matrix(rows, 2 * half, "bfloat16", 0, 1, axis=1),
     )
-    generator = torch.Generator().manual_seed(0)
-    shards = [
-        torch.randint(0, 1 << 15, (rows, columns // 2), generator=generator, dtype=torch.int16)
-        for _ in "ab"
-    ]
-    whole, expected = (
-        torch.zeros(rows, columns, dtype=torch.int16),
-        torch.zeros(rows, columns, dtype=torch.int16),
-    )
+    shards = [random_int16(rows, half, seed) for seed in (0, 1)]
+    whole, expected = (torch.zeros(rows, 2 * half, dtype=torch.int16) for _ in "ab")
     sources = {(rank, "w"): shard.numpy() for rank, shard in enumerate(shards)}
     destinations = {(0, "w"): whole.numpy()}
 
     def peer() -> None:
-        expected[:, : columns // 2].copy_(shards[0])
-        expected[:, columns // 2 :].copy_(shards[1])
+        expected[:, :half].copy_(shards[0])
+        expected[:, half:].copy_(shards[1])
 
     def correct() -> bool:
         peer()
         return torch.equal(whole, expected)
 
     return Case(
-        f"{row_bytes} B rows, {total // MIB} MiB",
+        f"gather, {row_bytes} B rows, {total // MIB} MiB",
         lambda: made.execute(sources, destinations),
-        "torch copy_",
-        peer,
+        {"torch copy_": peer, **ceilings(total)},
         correct,
         total,
     )
 
 
-def cast(total: int) -> Case:
-    """float32 masters into bfloat16; bytes counted on the destination's side."""
-    columns = 1024
-    rows = total // (2 * columns)
+def scatter(row_bytes: int, total: int, shards: int = 2) -> Case:
+    """One whole matrix into its two column shards, or into the first alone: rows of `row_bytes` on
+    the destination's side, `total` bytes written."""
+    half = row_bytes // 2
+    rows = total // (shards * row_bytes)
     made = plan(
-        matrix(rows, columns, "float32", 0, 1, axis=0),
-        matrix(rows, columns, "bfloat16", 0, 1, axis=0),
+        matrix(rows, 2 * half, "bfloat16", 0, 1, axis=1),
+        matrix(rows, 2 * half, "bfloat16", 0, 2, axis=1),
+    )
+    if shards == 1:
+        made = made.of_rank(0)
+    whole = random_int16(rows, 2 * half, 0)
+    written = [torch.zeros(rows, half, dtype=torch.int16) for _ in range(shards)]
+    expected = [torch.zeros_like(shard) for shard in written]
+    sources = {(0, "w"): whole.numpy()}
+    destinations = {(rank, "w"): shard.numpy() for rank, shard in enumerate(written)}
+
+    def peer() -> None:
+        for shard, part in zip(expected, whole.split(half, dim=1), strict=False):
+            shard.copy_(part)
+
+    def correct() -> bool:
+        peer()
+        return all(map(torch.equal, written, expected))
+
+    kind = "scatter" if shards == 2 else "one shard of a scatter"
+    return Case(
+        f"{kind}, {row_bytes} B rows, {total // MIB} MiB",
+        lambda: made.execute(sources, destinations),
+        {"torch copy_": peer, **ceilings(total)},
+        correct,
+        total,
+    )
+
+
+def cast(source_dtype: str, destination_dtype: str, total: int) -> Case:
+    """float32 masters into bfloat16, or back; `total` bytes on the destination's side."""
+    columns = 1024
+    rows = total // (itemsize(destination_dtype) * columns)
+    made = plan(
+        matrix(rows, columns, source_dtype, 0, 1, axis=0),
+        matrix(rows, columns, destination_dtype, 0, 1, axis=0),
     )
     source = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    ours, expected = (torch.zeros(rows, columns, dtype=torch.bfloat16) for _ in "ab")
-    destinations = {(0, "w"): ours.view(torch.int16).numpy()}
+    source = source.to(getattr(torch, source_dtype))
+    ours, expected = (
+        torch.zeros(rows, columns, dtype=getattr(torch, destination_dtype)) for _ in "ab"
+    )
+    sources = {(0, "w"): source.view(torch.uint8).numpy()}
+    destinations = {(0, "w"): ours.view(torch.uint8).numpy()}
 
     def correct() -> bool:
         expected.copy_(source)
-        return torch.equal(ours.view(torch.int16), expected.view(torch.int16))
+        return torch.equal(ours.view(torch.uint8), expected.view(torch.uint8))
 
     return Case(
-        f"cast float32 → bfloat16, {total // MIB} MiB",
-        lambda: made.execute({(0, "w"): source.numpy()}, destinations),
-        "torch copy_",
-        lambda: expected.copy_(source),
+        f"cast {source_dtype} → {destination_dtype}, {total // MIB} MiB",
+        lambda: made.execute(sources, destinations),
+        {"torch copy_": lambda: expected.copy_(source)},
+        correct,
+        total,
+    )
+
+
+def strided(kind: str, total: int) -> Case:
+    """A bfloat16 matrix whose elements do not lie side by side in the source: held "transposed", or
+    "spread" over every other element."""
+    columns = 4096
+    rows = total // (2 * columns)
+    shape = [rows, columns]
+    strides = [2, 2 * rows] if kind == "transposed" else [4 * columns, 4]
+    held = (
+        random_int16(columns, rows, 0)
+        if kind == "transposed"
+        else random_int16(rows, 2 * columns, 0)
+    )
+    seen = held.t() if kind == "transposed" else held[:, ::2]
+    layout = Layout(
+        [Tensor("w", "bfloat16", shape)],
+        [Buffer(0, "w", held.nbytes)],
+        [Fragment("w", Region([0, 0], shape), 0, "w", 0, strides)],
+    )
+    made = plan(layout, matrix(rows, columns, "bfloat16", 0, 1, axis=0))
+    ours, expected = (torch.zeros(rows, columns, dtype=torch.int16) for _ in "ab")
+    sources, destinations = {(0, "w"): held.numpy()}, {(0, "w"): ours.numpy()}
+
+    def correct() -> bool:
+        expected.copy_(seen)
+        return torch.equal(ours, expected)
+
+    return Case(
+        f"{kind} source, {total // MIB} MiB",
+        lambda: made.execute(sources, destinations),
+        {"torch copy_": lambda: expected.copy_(seen)},
         correct,
         total,
     )
@@ -118,27 +191,26 @@ def small_copies(count: int, nbytes: int) -> Case:
     return Case(
         f"{count} copies of {nbytes // 1024} KiB",
         lambda: made.execute(sources, destinations),
-        "a loop of torch copy_",
-        peer,
+        {"a loop of torch copy_": peer},
         lambda: all(torch.equal(a, b) for a, b in zip(tos, froms, strict=True)),
         count * nbytes,
     )
 
 
 def whole(total: int) -> Case:
-    """One contiguous run, against numpy's memcpy: the ceiling of the machine on one thread."""
+    """One contiguous run."""
     made = plan(
         matrix(1, total // 2, "bfloat16", 0, 1, axis=0),
         matrix(1, total // 2, "bfloat16", 0, 1, axis=0),
     )
-    source = np.random.default_rng(0).integers(0, 255, total, np.uint8)
-    ours, other = np.zeros_like(source), np.zeros_like(source)
+    source = random_int16(1, total // 2, 0)
+    ours, expected = torch.zeros_like(source), torch.zeros_like(source)
+    sources, destinations = {(0, "w"): source.numpy()}, {(0, "w"): ours.numpy()}
     return Case(
         f"one run of {total // MIB} MiB",
-        lambda: made.execute({(0, "w"): source}, {(0, "w"): ours}),
-        "numpy copyto (one thread)",
-        lambda: np.copyto(other, source),
-        lambda: bool((ours == source).all()),
+        lambda: made.execute(sources, destinations),
+        {"torch copy_": lambda: expected.copy_(source), **ceilings(total)},
+        lambda: torch.equal(ours, source),
         total,
     )
 
@@ -147,6 +219,14 @@ def cases() -> Iterator[Case]:
     """What `python -m bench reshard` runs."""
     yield whole(256 * MIB)
     for row_bytes in (256, 1024, 4096, 65536):
-        yield column_shards(row_bytes, 256 * MIB)
-    yield cast(128 * MIB)
-    yield small_copies(5000, 32 * 1024)
+        yield gather(row_bytes, 256 * MIB)
+    for row_bytes in (256, 1024, 4096, 65536):
+        yield scatter(row_bytes, 256 * MIB)
+    for row_bytes in (1024, 4096):
+        yield scatter(row_bytes, 256 * MIB, shards=1)
+    yield cast("float32", "bfloat16", 128 * MIB)
+    yield cast("bfloat16", "float32", 256 * MIB)
+    yield strided("transposed", 64 * MIB)
+    yield strided("spread", 64 * MIB)
+    for kib in (1, 4, 32):
+        yield small_copies(5000, kib * 1024)

@@ -1,7 +1,6 @@
 #include "reshard/execute.h"
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <functional>
 #include <string_view>
@@ -14,32 +13,26 @@ namespace {
 
 constexpr auto kBad = ErrorCode::kBufferMismatch;
 
-struct Implementation {
-  std::string_view name;
-  Kernel kernel;
-};
+constexpr std::string_view kNaive = "naive";
 
-constexpr std::array<Implementation, 2> kImplementations = {{
-    {"native", execute_native},
-    {"naive", execute_naive},
-}};
-
-Kernel choose(const std::string& asked) {
+// The rows of the implementation asked for; null for the naive one.
+const RowSet* choose(const std::string& asked) {
   std::string name = asked;
   if (name.empty()) {
     const char* forced = std::getenv("KIMISYS_RESHARD_IMPLEMENTATION");
     if (forced != nullptr) name = forced;
   }
-  if (name.empty()) return kImplementations.front().kernel;
+  if (name.empty()) return &row_sets().front();
+  if (name == kNaive) return nullptr;
+  for (const RowSet& known : row_sets()) {
+    if (known.name == name) return &known;
+  }
   std::string list;
-  for (const Implementation& known : kImplementations) {
-    if (known.name == name) return known.kernel;
-    list.append(list.empty() ? "" : ", ").append(known.name);
+  for (const std::string& known : implementations()) {
+    list.append(list.empty() ? "" : ", ").append(known);
   }
   fail(ErrorCode::kLayout, "unknown reshard implementation '", name,
-       "' (argument or "
-       "KIMISYS_RESHARD_IMPLEMENTATION); use one of ",
-       list);
+       "' (argument or KIMISYS_RESHARD_IMPLEMENTATION); this machine has ", list);
 }
 
 struct Interval {
@@ -114,7 +107,8 @@ Block make_block(const Copy& copy, const std::byte* source, std::byte* destinati
 
 std::vector<std::string> implementations() {
   std::vector<std::string> names;
-  for (const Implementation& it : kImplementations) names.emplace_back(it.name);
+  for (const RowSet& set : row_sets()) names.emplace_back(set.name);
+  names.emplace_back(kNaive);
   return names;
 }
 
@@ -122,7 +116,7 @@ void execute(const Plan& plan, const MemoryMap& sources, const MemoryMap& destin
              const ExecuteOptions& options) {
   const Layout& from = plan.source();
   const Layout& to = plan.destination();
-  const Kernel kernel = choose(options.implementation);
+  const RowSet* rows = choose(options.implementation);
 
   std::vector<bool> is_read(from.buffers().size(), false);
   for (const Step& step : plan.steps()) is_read[from.buffer_of(step.source_fragment)] = true;
@@ -154,7 +148,8 @@ void execute(const Plan& plan, const MemoryMap& sources, const MemoryMap& destin
     blanks.push_back(
         {destination_memory[to.buffer_of_padding(i)].data + padding.byte_offset, padding.nbytes});
   }
-  kernel(blocks, blanks, options.threads);
+  if (rows == nullptr) return execute_naive(blocks, blanks);
+  execute_native(blocks, blanks, options.threads, *rows);
 }
 
 }  // namespace kimisys::reshard

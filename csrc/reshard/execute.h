@@ -27,7 +27,8 @@ struct ExecuteOptions {
   std::string implementation;  // empty: KIMISYS_RESHARD_IMPLEMENTATION, else the first of the list
 };
 
-// Names for ExecuteOptions::implementation, the default first.
+// Names for ExecuteOptions::implementation on this machine, the default first: avx512, avx2,
+// generic as far as the processor has them, and naive.
 std::vector<std::string> implementations();
 
 // Fills every destination buffer of the plan: elements from the sources, padding with zeros. Reads

@@ -8,6 +8,7 @@
 
 #include "base/dtype.h"
 #include "reshard/layout.h"
+#include "reshard/rows.h"
 
 namespace kimisys::reshard {
 
@@ -32,15 +33,12 @@ struct Blank {
   std::int64_t nbytes = 0;
 };
 
-using Kernel = void (*)(std::span<const Block> blocks, std::span<const Blank> blanks,
-                        std::size_t threads);
-
 // One element after another, on the calling thread, exactly as the definition says.
-void execute_naive(std::span<const Block> blocks, std::span<const Blank> blanks,
-                   std::size_t threads);
+void execute_naive(std::span<const Block> blocks, std::span<const Blank> blanks);
 
-// Contiguous dimensions collapsed, runs moved by memcpy, casts vectorised, work split by bytes.
+// Contiguous dimensions collapsed, rows moved by `rows`, work split by bytes among the threads (0
+// means hardware_threads()).
 void execute_native(std::span<const Block> blocks, std::span<const Blank> blanks,
-                    std::size_t threads);
+                    std::size_t threads, const RowSet& rows);
 
 }  // namespace kimisys::reshard

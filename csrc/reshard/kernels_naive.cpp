@@ -36,8 +36,7 @@ void copy_block(const Block& block, std::size_t axis, const std::byte* source,
 
 }  // namespace
 
-void execute_naive(std::span<const Block> blocks, std::span<const Blank> blanks,
-                   std::size_t /*threads*/) {
+void execute_naive(std::span<const Block> blocks, std::span<const Blank> blanks) {
   for (const Block& block : blocks) copy_block(block, 0, block.source, block.destination);
   for (const Blank& blank : blanks) {
     for (std::int64_t i = 0; i < blank.nbytes; ++i) blank.destination[i] = std::byte{0};

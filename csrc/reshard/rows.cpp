@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
+#include <vector>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "reshard/stream.h"
 
 namespace kimisys::reshard {
 namespace {
@@ -52,58 +52,21 @@ inline __attribute__((always_inline)) void cast(std::int64_t n, const std::byte*
     }                                                                                           \
   }
 
-KIMISYS_DENSE_CASTS(Portable, );
-#if defined(__x86_64__)
-KIMISYS_DENSE_CASTS(Avx2, __attribute__((target("arch=x86-64-v3"))));
-KIMISYS_DENSE_CASTS(Avx512, __attribute__((target("arch=x86-64-v4"))));
+using Stream = void (*)(std::byte* destination, const std::byte* source, std::size_t nbytes);
 
-Row best_dense_cast(Row portable, Row avx2, Row avx512) {
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512;
-  return __builtin_cpu_supports("x86-64-v3") ? avx2 : portable;
-}
-const Row kNarrow = best_dense_cast(Portable::narrow, Avx2::narrow, Avx512::narrow);
-const Row kWiden = best_dense_cast(Portable::widen, Avx2::widen, Avx512::widen);
-#else
-const Row kNarrow = Portable::narrow;
-const Row kWiden = Portable::widen;
-#endif
-
-#if defined(__SSE2__)
-// A plain store first reads the line it writes into; a streaming store does not, which saves a
-// third of the memory traffic of a copy.
-void stream_bytes(std::byte* destination, const std::byte* source, std::size_t n) {
-  constexpr std::size_t kVector = sizeof(__m128i);
-  constexpr std::size_t kLine = 4;  // vectors of one cache line
-  const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(destination) % kVector;
-  const std::size_t head = std::min(n, misaligned == 0 ? 0 : kVector - misaligned);
-  std::memcpy(destination, source, head);
-  const auto* from = reinterpret_cast<const __m128i*>(source + head);
-  auto* to = reinterpret_cast<__m128i*>(destination + head);
-  const std::size_t vectors = (n - head) / kVector;
-  std::size_t i = 0;
-  for (; i + kLine <= vectors; i += kLine) {
-    __m128i line[kLine];
-    for (std::size_t k = 0; k < kLine; ++k) line[k] = _mm_loadu_si128(from + i + k);
-    for (std::size_t k = 0; k < kLine; ++k) _mm_stream_si128(to + i + k, line[k]);
-  }
-  for (; i < vectors; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
-  const std::size_t done = head + vectors * kVector;
-  std::memcpy(destination + done, source + done, n - done);
-}
-#else
-void stream_bytes(std::byte* destination, const std::byte* source, std::size_t n) {
-  std::memcpy(destination, source, n);
-}
-#endif
-
-template <std::size_t kItem>
+template <Stream kStream, std::size_t kItem>
 void copy_streaming(std::int64_t n, const std::byte* source, std::int64_t, std::byte* destination,
                     std::int64_t) {
-  stream_bytes(destination, source, static_cast<std::size_t>(n) * kItem);
+  kStream(destination, source, static_cast<std::size_t>(n) * kItem);
 }
 
+template <Stream kStream>
+constexpr std::array<Row, 4> kStreamingCopy = {
+    copy_streaming<kStream, 1>, copy_streaming<kStream, 2>, copy_streaming<kStream, 4>,
+    copy_streaming<kStream, 8>};
+
 // Casts into a piece of the first-level cache and streams from there.
-template <const Row& kCast, std::int64_t kFrom, std::int64_t kTo>
+template <Row kCast, std::int64_t kFrom, std::int64_t kTo>
 void cast_streaming(std::int64_t n, const std::byte* source, std::int64_t, std::byte* destination,
                     std::int64_t) {
   constexpr std::int64_t kPiece = 1024;
@@ -115,42 +78,71 @@ void cast_streaming(std::int64_t n, const std::byte* source, std::int64_t, std::
   }
 }
 
-template <std::size_t kItem>
-Row copy_row(RowKind kind) {
-  if (kind == RowKind::kStrided) return copy_strided<kItem>;
-  return kind == RowKind::kDense ? copy_dense<kItem> : copy_streaming<kItem>;
+template <typename Casts>
+constexpr RowSet make_row_set(std::string_view name) {
+  return {name,
+          {Casts::narrow, Casts::widen},
+          {cast_streaming<Casts::narrow, 4, 2>, cast_streaming<Casts::widen, 2, 4>},
+          kStreamingCopy<stream_bytes>};
 }
 
-Row narrow_row(RowKind kind) {
-  if (kind == RowKind::kStrided) return cast<std::uint32_t, std::uint16_t, bfloat16_bits>;
-  return kind == RowKind::kDense ? kNarrow : cast_streaming<kNarrow, 4, 2>;
+KIMISYS_DENSE_CASTS(Generic, );
+#if defined(__x86_64__)
+KIMISYS_DENSE_CASTS(Avx2, __attribute__((target("arch=x86-64-v3"))));
+KIMISYS_DENSE_CASTS(Avx512, __attribute__((target("arch=x86-64-v4"))));
+
+// Casts streamed from registers where the destination's elements lie whole in its lines.
+template <Stream kStream, Row kOtherwise, std::size_t kTo>
+void cast_in_lines(std::int64_t n, const std::byte* source, std::int64_t source_stride,
+                   std::byte* destination, std::int64_t destination_stride) {
+  if (reinterpret_cast<std::uintptr_t>(destination) % kTo != 0) {
+    return kOtherwise(n, source, source_stride, destination, destination_stride);
+  }
+  kStream(destination, source, static_cast<std::size_t>(n));
 }
 
-Row widen_row(RowKind kind) {
-  if (kind == RowKind::kStrided) return cast<std::uint16_t, std::uint32_t, float32_bits>;
-  return kind == RowKind::kDense ? kWiden : cast_streaming<kWiden, 2, 4>;
+std::vector<RowSet> supported_row_sets() {
+  std::vector<RowSet> sets;
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    RowSet set = make_row_set<Avx512>("avx512");
+    set.streaming = {cast_in_lines<stream_narrow_avx512, cast_streaming<Avx512::narrow, 4, 2>, 2>,
+                     cast_in_lines<stream_widen_avx512, cast_streaming<Avx512::widen, 2, 4>, 4>};
+    set.streaming_copy = kStreamingCopy<stream_bytes_avx512>;
+    sets.push_back(set);
+  }
+  if (__builtin_cpu_supports("x86-64-v3")) sets.push_back(make_row_set<Avx2>("avx2"));
+  sets.push_back(make_row_set<Generic>("generic"));
+  return sets;
 }
+#else
+std::vector<RowSet> supported_row_sets() { return {make_row_set<Generic>("generic")}; }
+#endif
+
+constexpr RowSet::Casts kStridedCasts = {cast<std::uint32_t, std::uint16_t, bfloat16_bits>,
+                                         cast<std::uint16_t, std::uint32_t, float32_bits>};
+constexpr std::array<Row, 4> kStridedCopy = {copy_strided<1>, copy_strided<2>, copy_strided<4>,
+                                             copy_strided<8>};
+constexpr std::array<Row, 4> kDenseCopy = {copy_dense<1>, copy_dense<2>, copy_dense<4>,
+                                           copy_dense<8>};
 
 }  // namespace
 
-Row choose_row(DType from, DType to, RowKind kind) {
-  if (from != to) return from == DType::kFloat32 ? narrow_row(kind) : widen_row(kind);
-  switch (itemsize(from)) {
-    case 1:
-      return copy_row<1>(kind);
-    case 2:
-      return copy_row<2>(kind);
-    case 4:
-      return copy_row<4>(kind);
-    default:
-      return copy_row<8>(kind);
-  }
+std::span<const RowSet> row_sets() {
+  static const std::vector<RowSet> sets = supported_row_sets();
+  return sets;
 }
 
-void finish_streaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
+Row choose_row(DType from, DType to, RowKind kind, const RowSet& set) {
+  if (from != to) {
+    const RowSet::Casts& casts = kind == RowKind::kStrided ? kStridedCasts
+                                 : kind == RowKind::kDense ? set.dense
+                                                           : set.streaming;
+    return from == DType::kFloat32 ? casts.narrow : casts.widen;
+  }
+  const std::array<Row, 4>& copies = kind == RowKind::kStrided ? kStridedCopy
+                                     : kind == RowKind::kDense ? kDenseCopy
+                                                               : set.streaming_copy;
+  return copies[static_cast<std::size_t>(std::countr_zero(static_cast<unsigned>(itemsize(from))))];
 }
 
 }  // namespace kimisys::reshard

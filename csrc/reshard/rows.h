@@ -1,8 +1,11 @@
-// Copies along one axis: the innermost loops of the native implementation.
+// Copies along one axis: the innermost loops of the fast implementations.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
+#include <string_view>
 
 #include "base/dtype.h"
 
@@ -16,13 +19,25 @@ using Row = void (*)(std::int64_t n, const std::byte* source, std::int64_t sourc
 enum class RowKind {
   kStrided,
   kDense,      // elements follow one another on both sides
-  kStreaming,  // dense, and written past the caches: for more bytes than they hold
+  kStreaming,  // dense, and written past the caches; finish_streaming() ends it
 };
 
-// The row for a pair of dtypes that can_cast.
-Row choose_row(DType from, DType to, RowKind kind);
+// The rows that an instruction set does in its own way.
+struct RowSet {
+  struct Casts {
+    Row narrow;  // float32 -> bfloat16
+    Row widen;   // bfloat16 -> float32
+  };
+  std::string_view name;
+  Casts dense;
+  Casts streaming;
+  std::array<Row, 4> streaming_copy;  // of elements of 1, 2, 4, 8 bytes
+};
 
-// Makes what streaming rows of this thread have written visible to other threads, in order.
-void finish_streaming();
+// Those that this processor can run, fastest first, of avx512, avx2, generic.
+std::span<const RowSet> row_sets();
+
+// The row for a pair of dtypes that can_cast.
+Row choose_row(DType from, DType to, RowKind kind, const RowSet& set);
 
 }  // namespace kimisys::reshard

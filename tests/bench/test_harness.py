@@ -20,18 +20,17 @@ KEYS = [
     "value",
     "low",
     "high",
-    "peer",
-    "peer_value",
-    "ratio",
+    "peers",
     "correct",
     "machine",
 ]
 
 
 def case(answer: bool, nbytes: int | None = None) -> Case:
-    return Case(
-        "c", lambda: sum(range(1000)), "peer", lambda: sum(range(1000)), lambda: answer, nbytes
-    )
+    def work() -> int:
+        return sum(range(1000))
+
+    return Case("c", work, {"peer": work, "other": work}, lambda: answer, nbytes)
 
 
 def test_a_record_has_every_field() -> None:
@@ -39,13 +38,14 @@ def test_a_record_has_every_field() -> None:
     assert list(record) == KEYS
     assert record["unit"] == "GB/s"
     assert record["low"] <= record["value"] <= record["high"]
-    assert record["ratio"] > 0
+    assert [peer["name"] for peer in record["peers"]] == ["peer", "other"]
+    assert all(peer["ratio"] > 0 and peer["value"] > 0 for peer in record["peers"])
 
 
 def test_a_wrong_answer_gets_no_time() -> None:
     record = measure("b", case(False), repeats=3)
     assert record.correct is False
-    assert (record.value, record.low, record.high, record.peer_value, record.ratio) == (None,) * 5
+    assert (record.value, record.low, record.high, record.peers) == (None, None, None, ())
 
 
 def test_every_benchmark_is_listed_and_defines_cases(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,8 +83,13 @@ def test_the_shipped_cases_give_right_answers() -> None:
     broadcast = importlib.import_module("bench.broadcast")
     small = [
         reshard.whole(1 << 16),
-        reshard.column_shards(256, 1 << 16),
-        reshard.cast(1 << 16),
+        reshard.gather(256, 1 << 16),
+        reshard.scatter(256, 1 << 16),
+        reshard.scatter(256, 1 << 16, shards=1),
+        reshard.cast("float32", "bfloat16", 1 << 16),
+        reshard.cast("bfloat16", "float32", 1 << 16),
+        reshard.strided("transposed", 1 << 16),
+        reshard.strided("spread", 1 << 16),
         reshard.small_copies(50, 1024),
         broadcast.digesting("bfloat16", 1 << 16),
         broadcast.digesting("float32", 1 << 16),

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "reshard/sample.h"
+#include "reshard/stream.h"
 
 namespace kimisys::reshard {
 namespace {
@@ -41,26 +42,29 @@ TEST_CASE("every row, at every alignment and length, writes its elements and not
       {DType::kUInt8, DType::kUInt8},      {DType::kBFloat16, DType::kBFloat16},
       {DType::kFloat32, DType::kFloat32},  {DType::kInt64, DType::kInt64},
       {DType::kFloat32, DType::kBFloat16}, {DType::kBFloat16, DType::kFloat32}};
-  for (const auto& [from, to] : dtypes) {
-    for (const RowKind kind : {RowKind::kStrided, RowKind::kDense, RowKind::kStreaming}) {
-      for (int round = 0; round < 200; ++round) {
-        const std::int64_t n = round < 100 ? round : random.between(100, 3000);
-        const std::int64_t gap = kind == RowKind::kStrided ? random.between(0, 5) : 0;
-        const std::int64_t read = itemsize(from) + gap;
-        const std::int64_t write = itemsize(to) + gap;
-        const auto source_at = static_cast<std::size_t>(random.between(0, 63));
-        const auto destination_at = static_cast<std::size_t>(random.between(0, 63));
-        const auto source = random_bytes(random, static_cast<std::size_t>(n * read) + kMargin);
-        auto written = random_bytes(random, static_cast<std::size_t>(n * write) + 2 * kMargin);
-        auto expected = written;
-        for (std::int64_t i = 0; i < n; ++i) {
-          copy_one(from, to, source.data() + source_at + i * read,
-                   expected.data() + destination_at + i * write);
+  for (const RowSet& set : row_sets()) {
+    for (const auto& [from, to] : dtypes) {
+      for (const RowKind kind : {RowKind::kStrided, RowKind::kDense, RowKind::kStreaming}) {
+        for (int round = 0; round < 200; ++round) {
+          const std::int64_t n = round < 100 ? round : random.between(100, 3000);
+          const std::int64_t gap = kind == RowKind::kStrided ? random.between(0, 5) : 0;
+          const std::int64_t read = itemsize(from) + gap;
+          const std::int64_t write = itemsize(to) + gap;
+          const auto source_at = static_cast<std::size_t>(random.between(0, 63));
+          const auto destination_at = static_cast<std::size_t>(random.between(0, 63));
+          const auto source = random_bytes(random, static_cast<std::size_t>(n * read) + kMargin);
+          auto written = random_bytes(random, static_cast<std::size_t>(n * write) + 2 * kMargin);
+          auto expected = written;
+          for (std::int64_t i = 0; i < n; ++i) {
+            copy_one(from, to, source.data() + source_at + i * read,
+                     expected.data() + destination_at + i * write);
+          }
+          choose_row(from, to, kind, set)(n, source.data() + source_at, read,
+                                          written.data() + destination_at, write);
+          finish_streaming();
+          CAPTURE(set.name);
+          CHECK(written == expected);
         }
-        choose_row(from, to, kind)(n, source.data() + source_at, read,
-                                   written.data() + destination_at, write);
-        finish_streaming();
-        CHECK(written == expected);
       }
     }
   }
