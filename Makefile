@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PACKAGES := g++ make cmake ninja-build doctest-dev libnuma1
+PACKAGES := g++ make cmake ninja-build doctest-dev libnuma1 chromium
 # Debian's own Python comes without these two
 ifeq ($(PYTHON),/usr/bin/python3.11)
 PACKAGES += python3.11-venv python3.11-dev
@@ -11,7 +11,7 @@ endif
 CPP_SOURCES = $(shell find csrc bindings tests/cpp -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: setup train test test-cpp test-python bench lint format clean help
+.PHONY: setup train test test-asan test-tsan test-python gpu-check bench lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -22,13 +22,18 @@ setup: .venv/.packages .venv/.extension  ## Debian packages (as root), a .venv w
 train: setup  ## Train: a short SFT, then RL, of a small Qwen3 on arithmetic (ARGS="--help" lists the options)
 	$(BIN)/kimisys train $(ARGS)
 
-test: lint test-cpp test-python  ## Everything that CI checks
+test: lint test-asan test-tsan test-python  ## Everything that CI checks
 
-test-cpp: setup  ## The C++ tests, built by CMake alone, under the address and undefined-behaviour sanitizers
-	@cmake -S . -B build/tests -G Ninja -DKIMISYS_TESTS=ON -DKIMISYS_SANITIZE=address,undefined \
-	  >build/cmake-tests.log 2>&1 || { cat build/cmake-tests.log; exit 1; }
-	@cmake --build build/tests
-	ctest --test-dir build/tests --output-on-failure
+test-asan:  ## The C++ tests, without Python, under the address and undefined-behaviour sanitizers
+test-tsan:  ## The C++ tests, without Python, under the thread sanitizer
+test-asan: sanitizer = address,undefined
+test-tsan: sanitizer = thread
+test-asan test-tsan: .venv/.packages
+	@mkdir -p build
+	@cmake -S . -B build/$@ -G Ninja -DKIMISYS_TESTS=ON -DKIMISYS_SANITIZE=$(sanitizer) \
+	  >build/$@.log 2>&1 || { cat build/$@.log; exit 1; }
+	@cmake --build build/$@
+	ctest --test-dir build/$@ --output-on-failure
 
 test-python: setup  ## The Python tests (ARGS="-k digest" selects)
 	$(BIN)/python -m pytest $(ARGS)
@@ -57,7 +62,8 @@ clean:  ## Remove what was built (not the .venv)
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ]; then \
 	    echo "installing$$missing"; \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >build/apt.log 2>&1 \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -y -qq --no-install-recommends $$missing; } >build/apt.log 2>&1 \
 	      || { cat build/apt.log; exit 1; }; \
 	  else echo "missing Debian packages; as root: apt-get install$$missing"; exit 1; fi; fi
 	@touch $@

@@ -178,7 +178,11 @@ void Snapshot::commit(std::span<const std::uint64_t> digests) {
   KIMISYS_CHECK(digests.size() == digest_count_, ErrorCode::kSnapshot, "the snapshot holds ",
                 digest_count_, " digests, got ", digests.size());
   Header& header = header_of(mapping_);
-  if (!digests.empty()) std::memcpy(this->digests(), digests.data(), digests.size_bytes());
+  // Readers copy the digests while this goes on and then discard them: atomic words make that race
+  // a defined one.
+  for (std::size_t i = 0; i < digests.size(); ++i) {
+    std::atomic_ref(this->digests()[i]).store(digests[i], std::memory_order_relaxed);
+  }
   // The release store below does not wait for streaming stores. Those of this thread are completed
   // here; other threads complete theirs before they report their work done, as commit() demands:
   // the executor ends each batch by finish_streaming().
@@ -207,7 +211,10 @@ Published Snapshot::published() const {
                 "the snapshot is being written, or its publisher failed or died while writing; "
                 "pull after the next successful publish");
   result.version = header.version.load(std::memory_order_relaxed);
-  result.digests.assign(digests(), digests() + digest_count_);
+  result.digests.resize(digest_count_);
+  for (std::size_t i = 0; i < digest_count_; ++i) {
+    result.digests[i] = std::atomic_ref(digests()[i]).load(std::memory_order_relaxed);
+  }
   confirm(result);
   KIMISYS_CHECK(result.version != kNoVersion, ErrorCode::kVersion,
                 "the snapshot has no version yet; pull after the first publish");

@@ -5,6 +5,9 @@
 // read-only. A sequence lock tells them apart: the sequence is odd from begin() to commit(), and a
 // reader that finds it odd, or changed after its read, gets a SnapshotError instead of torn bytes.
 // A writer that fails or dies in between leaves it odd: unreadable until the next commit.
+//
+// The words of the header and the digests are read and written atomically. data() is not: copying it
+// beside a writer is a race by design, between processes, whose outcome confirm() refuses.
 #pragma once
 
 #include <cstddef>

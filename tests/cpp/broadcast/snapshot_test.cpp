@@ -6,7 +6,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstring>
@@ -147,6 +149,65 @@ TEST_CASE("nobody can change the size, nor write through the descriptor") {
   CHECK(::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, writer.descriptor(), 0) ==
         MAP_FAILED);
   CHECK(::fcntl(writer.descriptor(), F_ADD_SEALS, F_SEAL_WRITE) == -1);
+}
+
+// What a reader made of a snapshot that a writer kept changing under it.
+struct Tally {
+  std::atomic<int> accepted = 0;
+  std::atomic<int> torn = 0;  // accepted, although the words are not all of the published version
+};
+
+// Reads until `done`. Every word of the data and every digest carries the version. The test reads
+// and writes the data atomically: it is there to be raced for, and the thread sanitizer shall look
+// at the library alone.
+void read_until(const std::atomic<bool>& done, const Snapshot& snapshot, Tally& tally) {
+  auto* words = reinterpret_cast<std::uint64_t*>(snapshot.data().data());
+  std::vector<std::uint64_t> seen(snapshot.data().size() / sizeof(std::uint64_t));
+  while (!done) {
+    try {
+      const Published published = snapshot.published();
+      for (std::size_t i = 0; i < seen.size(); ++i)
+        seen[i] = std::atomic_ref(words[i]).load(std::memory_order_relaxed);
+      snapshot.confirm(published);
+      const auto of_version = [&](std::uint64_t word) { return word == published.version; };
+      if (!std::ranges::all_of(seen, of_version) ||
+          !std::ranges::all_of(published.digests, of_version))
+        ++tally.torn;
+      ++tally.accepted;
+    } catch (const Error&) {
+      std::this_thread::yield();  // refused, as it should be in the middle of a write
+    }
+  }
+}
+
+TEST_CASE("readers beside a busy writer accept whole versions only") {
+  constexpr std::size_t kWords = 1024;
+  constexpr int kWanted = 100;
+  Snapshot writer = Snapshot::create(kWords * sizeof(std::uint64_t), 64);
+  const Snapshot mapped = Snapshot::open(writer.descriptor());
+  Tally same_map;  // the sanitizer knows addresses, and so sees races in the writer's own map alone
+  Tally other_map;
+  std::atomic<bool> done = false;
+  std::thread one([&] { read_until(done, writer, same_map); });
+  std::thread two([&] { read_until(done, mapped, other_map); });
+  auto* words = reinterpret_cast<std::uint64_t*>(writer.data().data());
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  std::uint64_t version = 0;
+  while ((version < 1000 || same_map.accepted < kWanted || other_map.accepted < kWanted) &&
+         std::chrono::steady_clock::now() < deadline) {
+    writer.begin(++version);
+    for (std::size_t i = 0; i < kWords; ++i)
+      std::atomic_ref(words[i]).store(version, std::memory_order_relaxed);
+    writer.commit(std::vector<std::uint64_t>(64, version));
+    std::this_thread::yield();
+  }
+  done = true;
+  one.join();
+  two.join();
+  for (const Tally* tally : {&same_map, &other_map}) {
+    CHECK(tally->accepted.load() >= kWanted);
+    CHECK(tally->torn.load() == 0);
+  }
 }
 
 TEST_CASE("an empty snapshot and many digests") {
