@@ -20,14 +20,11 @@ the same in every run; a run's seed decides what is drawn from it.
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import Literal
 
 from kimisys.rewards.arithmetic import ANSWER_MARKER, check
+from kimisys.trainer.problem_file import HELD_OUT_ONE_IN, Split
 from kimisys.trainer.task import Demonstration, Problem, Task, TaskError
 
-Split = Literal["train", "held_out"]
-
-HELD_OUT_ONE_IN = 10
 _DRAWS_PER_PROBLEM = 50 * HELD_OUT_ONE_IN
 
 

@@ -54,7 +54,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 
     yield write
     for name in set(sys.modules) - before:
-        del sys.modules[name]
+        if name.startswith(("kimisys_test_", "kimisys_task_file_")):
+            del sys.modules[name]
 
 
 def message(spec: str | Path) -> str:
