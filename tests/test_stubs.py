@@ -69,9 +69,7 @@ def stubbed(source: str) -> dict[str, Signature]:
 
 def built(module: ModuleType) -> dict[str, Signature]:
     """The same of the extension, from the docstrings that pybind11 writes."""
-    return {
-        name: signature(parsed(function.__doc__ or "")) for name, function in functions(module)
-    }
+    return {name: signature(parsed(function.__doc__ or "")) for name, function in functions(module)}
 
 
 def functions(module: ModuleType) -> Iterator[tuple[str, object]]:

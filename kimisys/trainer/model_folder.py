@@ -96,9 +96,7 @@ def open_model(folder: Path) -> ModelFolder:
 
 def check_megatron(hf_config: dict[str, Any], config: RunConfig) -> None:
     """Raise LayoutError when the model cannot be laid out over the configured ranks."""
-    check_layout(
-        hf_config, config.tensor_parallel, config.pipeline_parallel, config.ranks
-    )
+    check_layout(hf_config, config.tensor_parallel, config.pipeline_parallel, config.ranks)
 
 
 def check_engine(hf_config: dict[str, Any], tensor_parallel: int) -> None:

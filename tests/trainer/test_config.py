@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kimisys.trainer.config import ConfigError, ModelConfig, SftConfig, TrainConfig
+from kimisys.errors import KimisysError
+from kimisys.trainer.config import ConfigError, SftConfig, ShapeConfig, TrainConfig
+from kimisys.trainer.run_folder import check_resumable, make_folder, saved_config
+from kimisys.trainer.setting import prepare
 
 
 def test_the_recipe_itself_is_legal() -> None:
@@ -26,23 +29,65 @@ def test_the_recipe_itself_is_legal() -> None:
         ({"learning_rate": float("nan")}, "--learning-rate"),
         ({"tau": -0.1}, "--tau"),
         ({"clip_gradient": 0.0}, "--clip-gradient"),
-        ({"tensor_parallel": 3}, "--tensor-parallel 3 does not divide --model.heads"),
-        ({"tensor_parallel": 4}, "does not divide --model.kv-heads 2"),
-        ({"model": ModelConfig(heads=6, kv_heads=4)}, "not a multiple"),
-        ({"model": ModelConfig(head_dim=48)}, "--model.head-dim is 48"),
-        ({"model": ModelConfig(rope_theta=-1.0)}, "--model.rope-theta"),
+        ({"shape": ShapeConfig(heads=6, kv_heads=4)}, "not a multiple"),
+        ({"shape": ShapeConfig(rope_theta=-1.0)}, "--shape.rope-theta"),
+        ({"length_reward": float("nan")}, "--length-reward"),
+        ({"curriculum": 1.5}, "--curriculum"),
+        ({"engines": 0}, "--engines"),
+        ({"checkpoint_every": 0}, "--checkpoint-every"),
         ({"seed": -1}, "--seed is -1"),
-        ({"held_out": 1_000_000}, "--held-out"),
+        ({"held_out": 0}, "--held-out"),
         ({"clip_gradient": float("nan")}, "--clip-gradient"),
         ({"ready_timeout": float("nan")}, "--ready-timeout"),
         ({"sft": SftConfig(warmup_steps=-5)}, "--sft.warmup-steps"),
-        ({"model": ModelConfig(layers=0)}, "--model.layers"),
+        ({"shape": ShapeConfig(layers=0)}, "--shape.layers"),
         ({"sft": SftConfig(batch_size=0)}, "--sft.batch-size"),
     ],
 )
 def test_what_cannot_run_is_refused(change: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         dataclasses.replace(TrainConfig(), **change).check()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"tensor_parallel": 3}, "tensor_parallel 3 does not divide num_attention_heads 4"),
+        ({"pipeline_parallel": 3}, "pipeline_parallel 3 does not divide num_hidden_layers 4"),
+        ({"shape": ShapeConfig(head_dim=48)}, "heads are 48 wide"),
+        ({"engine_tensor_parallel": 3}, "--engine-tensor-parallel 3 does not divide"),
+        ({"task": "nowhere:task"}, "nowhere"),
+        ({"model": Path("nowhere")}, "nowhere/config.json cannot be read"),
+    ],
+)
+def test_what_does_not_fit_the_model_or_the_task_is_refused(
+    change: dict[str, object], match: str
+) -> None:
+    with pytest.raises(KimisysError, match=match):
+        prepare(dataclasses.replace(TrainConfig(), **change))
+
+
+def test_a_configuration_comes_back_from_its_folder(tmp_path: Path) -> None:
+    config = TrainConfig(
+        out=tmp_path / "run", seed=7, steps=3, wire_dtype="bfloat16", sft=SftConfig(steps=9)
+    )
+    folder = make_folder(config)
+    saved = saved_config(folder, TrainConfig)
+    assert saved == dataclasses.replace(config, out=None, resume=folder)
+
+
+def test_a_resumed_run_may_change_its_layout_but_not_its_seed(tmp_path: Path) -> None:
+    saved = saved_config(make_folder(TrainConfig(out=tmp_path / "run")), TrainConfig)
+    check_resumable(dataclasses.replace(saved, tensor_parallel=1, pipeline_parallel=2), saved)
+    with pytest.raises(ConfigError, match="--seed cannot be changed"):
+        check_resumable(dataclasses.replace(saved, seed=2), saved)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        check_resumable(dataclasses.replace(saved, out=tmp_path), saved)
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json is not the configuration"):
+        saved_config(tmp_path, TrainConfig)
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
@@ -70,7 +115,7 @@ def kimisys(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_refuses_in_one_line_and_makes_nothing(tmp_path: Path) -> None:
     run = kimisys("train", "--out", str(tmp_path / "run"), "--tensor-parallel", "3")
     assert run.returncode == 1
-    assert "ConfigError: --tensor-parallel 3" in run.stderr
+    assert "LayoutError: tensor_parallel 3" in run.stderr
     assert "Traceback" not in run.stdout + run.stderr
     assert not (tmp_path / "run").exists()
 

@@ -1,53 +1,68 @@
-"""The tokenizer: a bijection between its symbols and 0 .. vocab_size - 1."""
+"""The bundled tokenizer, and any other that transformers can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kimisys.trainer.arithmetic import ArithmeticConfig, arithmetic_task
-from kimisys.trainer.tokenizer import EOS, PAD, SYMBOLS, Tokenizer
-
-TOKENIZER = Tokenizer()
-
-
-def test_ids_are_fixed() -> None:
-    """Saved weights depend on these numbers."""
-    assert TOKENIZER.vocab_size == 16
-    assert (TOKENIZER.pad_id, TOKENIZER.eos_id) == (0, 1)
-    assert TOKENIZER.encode("0123456789+=,#") == list(range(2, 16))
-    assert len(set(SYMBOLS)) == len(SYMBOLS)
+from kimisys.trainer.tokenizer import (
+    ARITHMETIC,
+    Tokenizer,
+    TokenizerError,
+    arithmetic_files,
+    read_files,
+)
 
 
-@settings(deadline=None)
-@given(st.text(alphabet="".join(SYMBOLS[2:])))
-def test_decode_inverts_encode(text: str) -> None:
-    ids = TOKENIZER.encode(text)
-    assert TOKENIZER.decode(ids) == text
-    assert not {TOKENIZER.pad_id, TOKENIZER.eos_id} & set(ids)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tokenizer")
+    for name, text in arithmetic_files().items():
+        (made / name).write_text(text)
+    return made
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, len(SYMBOLS) - 1)))
-def test_every_sequence_decodes_and_specials_stay_visible(ids: list[int]) -> None:
-    text = TOKENIZER.decode(ids)
-    assert text.count(PAD) == ids.count(TOKENIZER.pad_id)
-    assert text.count(EOS) == ids.count(TOKENIZER.eos_id)
+@pytest.fixture(scope="module", params=["bundled", "read"])
+def tokenizer(request: pytest.FixtureRequest, folder: Path) -> Tokenizer:
+    return Tokenizer.arithmetic() if request.param == "bundled" else Tokenizer.read(folder)
 
 
-def test_it_writes_all_that_the_task_writes() -> None:
-    task = arithmetic_task(ArithmeticConfig(demonstrations=200))
-    for shown in task.demonstrations:
-        text = shown.prompt + shown.completion
-        assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+def test_a_character_is_a_token_and_back(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(ARITHMETIC)
+    assert ids == list(range(2, 2 + len(ARITHMETIC)))
+    assert tokenizer.decode(ids) == ARITHMETIC
+    assert len(tokenizer) == len(ARITHMETIC) + 2
+    assert tokenizer.encode_prompt("12+3=") == tokenizer.encode("12+3=")
 
 
-@pytest.mark.parametrize("text", ["1 2", "a", "<eos>", "-1", "\uff11"])
-def test_an_unknown_character_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="has no token"):
-        TOKENIZER.encode(text)
+def test_specials_are_written_out(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
+    assert tokenizer.decode([4, 1, 0]) == "2<eos><pad>"
 
 
-@pytest.mark.parametrize("token", [-1, len(SYMBOLS)])
-def test_an_id_outside_the_vocabulary_is_named(token: int) -> None:
-    with pytest.raises(ValueError, match=f"token id {token} is outside"):
-        TOKENIZER.decode([2, token])
+def test_what_has_no_token_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="cannot encode '1x2'"):
+        tokenizer.encode("1x2")
+    with pytest.raises(TokenizerError, match="no token for ''"):
+        tokenizer.encode("")
+
+
+def test_the_files_travel_with_a_model(folder: Path) -> None:
+    assert read_files(folder) == arithmetic_files()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="no tokenizer that transformers can read"):
+        Tokenizer.read(tmp_path)
+
+
+def test_a_tokenizer_must_say_how_a_text_ends(folder: Path, tmp_path: Path) -> None:
+    for name, text in read_files(folder).items():
+        (tmp_path / name).write_text(text)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TokenizerError, match="no end-of-sequence token"):
+        Tokenizer.read(tmp_path)
