@@ -113,11 +113,13 @@ class Packer:
             name = self._names[id(parameter)]
             current = now._parameters.get(attribute)
             packed = current is not None and current.numel() == 0 and parameter.numel() > 0
-            if current is not None and _same_place(parameter, current):
+            known = type(getattr(now, "quant_method", None)) in _DERIVED
+            widened = known and attribute == "bias" and _widened(parameter, current)
+            if current is not None and (widened or _same_place(parameter, current)):
                 other = self._in_place.setdefault(name, current.detach())
                 if other.data_ptr() != current.data_ptr():
                     refused.append(f"parameter '{prefix}.{attribute}' (was tied to {name!r})")
-            elif packed and type(getattr(now, "quant_method", None)) in _DERIVED:
+            elif packed and known:
                 self._refills.append(_Refill(now, attribute, name))
             else:
                 refused.append(f"parameter '{prefix}.{attribute}'")
@@ -148,6 +150,13 @@ class Packer:
 
 def _same_place(before: torch.Tensor, now: torch.Tensor) -> bool:
     return now.shape == before.shape and now.dtype == before.dtype and now.is_contiguous()
+
+
+def _widened(before: torch.Tensor, now: torch.Tensor | None) -> bool:
+    """Whether the same numbers are now in float32, as its AMX kernels want biases: copying into
+    such a place gives what deriving it anew would, to the bit."""
+    narrow = before.dtype in (torch.bfloat16, torch.float16)
+    return narrow and now is not None and _same_place(before.float(), now)
 
 
 def _shared(tensors: Mapping[str, torch.Tensor]) -> list[str]:

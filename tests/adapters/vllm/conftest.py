@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from qwen3_tiny import write_config
+from tiny_models import LLAMA3_ROPE
 from vllm_engine_process import EngineProcess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,9 +17,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the "tied" and of the "untied" model, with a config.json alone."""
-    base = tmp_path_factory.mktemp("qwen3")
-    return {name: write_config(base / name, name == "tied") for name in ("tied", "untied")}
+    """Folders with a config.json alone: "tied" and "untied" are Qwen3, others say what they are."""
+    base = tmp_path_factory.mktemp("models")
+    qwen3 = {name: write_config(base / name, name == "tied") for name in ("tied", "untied")}
+    return qwen3 | {
+        "qwen2-tied": write_config(base / "qwen2-tied", True, "qwen2"),
+        "qwen2-untied": write_config(base / "qwen2-untied", False, "qwen2"),
+        "llama-tied": write_config(base / "llama-tied", True, "llama", rope_parameters=LLAMA3_ROPE),
+        "llama-untied": write_config(base / "llama-untied", False, "llama"),
+    }
 
 
 @pytest.fixture(scope="session")

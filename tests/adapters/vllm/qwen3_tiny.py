@@ -1,4 +1,5 @@
-"""A tiny Qwen3 with random weights, as a checkpoint folder and as tensors in memory, for tests."""
+"""A tiny Qwen3, or another family, with random weights: as a checkpoint folder and as tensors in
+memory, for tests."""
 
 from __future__ import annotations
 
@@ -9,49 +10,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, Qwen3ForCausalLM
+from tiny_models import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor
 
-TINY: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "attention_bias": False,
-    "eos_token_id": 2,
-    "head_dim": 32,
-    "hidden_act": "silu",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "max_position_embeddings": 128,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    "vocab_size": 29,
-}
-"""29 rows of vocabulary, which vLLM pads to 64. Its CPU attention knows no smaller heads."""
+VOCAB = {"vocab_size": 29}
+"""29 rows of vocabulary, which vLLM pads to 64."""
+TINY = tiny_config("qwen3", **VOCAB)
 
 
-def write_config(folder: Path, tied: bool) -> Path:
+def write_config(folder: Path, tied: bool, family: str = "qwen3", **overrides: Any) -> Path:
     """The folder, with a config.json in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**TINY, "tie_word_embeddings": tied}))
+    config = tiny_config(family, tied=tied, **VOCAB | overrides)
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def random_model(folder: Path, seed: int) -> Qwen3ForCausalLM:
+def random_model(folder: Path, seed: int) -> PreTrainedModel:
     """transformers' model in float32, every parameter random, norms around one."""
-    model = Qwen3ForCausalLM(AutoConfig.from_pretrained(folder)).float().eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.float().eval().named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.15 + (1.0 if "norm" in name else 0.0))
     return model
 
 
-def weights(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """By Hugging Face name; tied ones once, under the name that checkpoints have."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -87,7 +75,7 @@ def memory_buffers(tensors: Mapping[str, torch.Tensor], rank: int = 0) -> dict[A
     return {(rank, name): tensor.view(torch.uint8).numpy() for name, tensor in tensors.items()}
 
 
-def reference(model: Qwen3ForCausalLM, token_ids: list[int]) -> np.ndarray:
+def reference(model: PreTrainedModel, token_ids: list[int]) -> np.ndarray:
     """transformers' log-softmax at each position but the last: float32[tokens - 1, vocab]."""
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits[0]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from qwen3_tiny import memory_buffers, memory_layout, random_model, reference, weights
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 from vllm_engine_process import EngineProcess
 
 from kimisys.adapters.vllm.engine import Engine, EngineConfig
@@ -30,7 +30,7 @@ class Trainer:
     engine: EngineProcess
     publisher: Publisher
     version: int = 0
-    model: Qwen3ForCausalLM = field(init=False)
+    model: PreTrainedModel = field(init=False)
 
     def publish(self) -> int:
         """New random weights, under the next version."""
@@ -202,14 +202,15 @@ def test_a_lost_publisher_is_named_and_the_engine_serves_on(
 
 
 def test_two_ranks_follow_together_or_not_at_all(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Digests are summed over both ranks; a refusal leaves neither half-way, nor their RPC."""
-    engine = EngineProcess(folders["untied"], max_length=128, tensor_parallel=2)
+    """Digests are summed over both ranks; a refusal leaves neither half-way, nor their RPC.
+    A Qwen2: the biases of its packed layers, too, are whole on both ranks."""
+    engine = EngineProcess(folders["qwen2-untied"], max_length=128, tensor_parallel=2)
     workers = children(engine.pid)
     try:
-        with publishing(folders["untied"], tmp_path) as publisher:
-            trainer = Trainer(folders["untied"], engine, publisher)
+        with publishing(folders["qwen2-untied"], tmp_path) as publisher:
+            trainer = Trainer(folders["qwen2-untied"], engine, publisher)
             engine.call("connect", [str(publisher.address)])
-            tensors = weights(random_model(folders["untied"], seed=0))
+            tensors = weights(random_model(folders["qwen2-untied"], seed=0))
             for _ in range(2):
                 assert trainer.sync()["digests"] == len(tensors)
                 before = engine.probe(PROMPT, trainer.version)

@@ -25,7 +25,10 @@ def configs(folders: dict[str, Path]) -> dict[str, VllmConfig]:
     return {name: offline_config(folder, "float32") for name, folder in folders.items()}
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
+MODELS = ["tied", "untied", "qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied"]
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 0), (2, 1), (4, 1), (4, 2)])
 def test_the_plan_fills_every_parameter_as_vllm_does(
     folders: dict[str, Path], configs: dict[str, VllmConfig], model: str, size: int, rank: int
@@ -44,16 +47,19 @@ def test_the_plan_fills_every_parameter_as_vllm_does(
     made.execute(memory_buffers(given), memory_buffers(landed, rank))
 
     assert {buffer.name for buffer in layout.buffers} == expected.keys()
-    assert ("lm_head.weight" in expected) == (model == "untied")
+    assert ("lm_head.weight" in expected) == model.endswith("untied")
+    biases = [name for name in expected if name.endswith("bias")]
+    assert len(biases) == (2 if model.startswith("qwen2") else 0)
     for name, parameter in expected.items():
         assert torch.equal(landed[name], parameter), name
 
 
+@pytest.mark.parametrize("model", ["untied", "qwen2-untied", "llama-untied"])
 def test_all_ranks_together_hold_every_tensor(
-    folders: dict[str, Path], configs: dict[str, VllmConfig]
+    folders: dict[str, Path], configs: dict[str, VllmConfig], model: str
 ) -> None:
-    table = tensor_table(weights(random_model(folders["untied"], seed=1)))
-    ranks = [trace_vllm_layout(configs["untied"], table, 4, rank) for rank in range(4)]
+    table = tensor_table(weights(random_model(folders[model], seed=1)))
+    ranks = [trace_vllm_layout(configs[model], table, 4, rank) for rank in range(4)]
     held: dict[str, int] = {}
     for fragment in Layout.merge(ranks).cover().fragments:
         held[fragment.tensor] = held.get(fragment.tensor, 0) + fragment.region.elements

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+import vllm.model_executor.layers.utils as kernels
 from qwen3_tiny import random_model, weights
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -15,18 +16,24 @@ from kimisys.adapters.vllm.layout import RankModel, build_model, offline_config
 from kimisys.adapters.vllm.pack import Packer
 from kimisys.errors import LayoutError
 
+Dtype = Literal["float32", "bfloat16"]
 
-def loaded(folder: Path, seed: int, size: int = 1, rank: int = 0) -> RankModel:
+
+def loaded(
+    folder: Path, seed: int, size: int = 1, rank: int = 0, dtype: Dtype = "float32"
+) -> RankModel:
     """As an engine's worker has it: loaded, and processed by vLLM."""
-    model = unprocessed(folder, seed, size, rank)
+    model = unprocessed(folder, seed, size, rank, dtype)
     process_weights_after_loading(
         model.module, model.config.model_config, torch.device("cpu")
     )  # fmt: skip
     return model
 
 
-def unprocessed(folder: Path, seed: int, size: int = 1, rank: int = 0) -> RankModel:
-    model = build_model(offline_config(folder, "float32"), size, rank, device="cpu")
+def unprocessed(
+    folder: Path, seed: int, size: int = 1, rank: int = 0, dtype: Dtype = "float32"
+) -> RankModel:
+    model = build_model(offline_config(folder, dtype), size, rank, device="cpu")
     model.load(weights(random_model(folder, seed)))
     return model
 
@@ -36,20 +43,32 @@ def fresh(model: RankModel) -> torch.nn.Module:
 
 
 def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What each layer computes from its weights: float32[3, out], or the weights themselves."""
+    """What each layer computes from its weights: [3, out], or the weights themselves.
+    Biases are both: they are never packed."""
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if hasattr(module, "cpu_linear"):
             inputs = getattr(module, "input_size_per_partition", 64)
-            x = torch.linspace(-1, 1, 3 * inputs).reshape(3, inputs)
-            found[name] = module.quant_method.apply(module, x)  # type: ignore[union-attr,operator]
+            x = torch.linspace(-1, 1, 3 * inputs, dtype=module.weight.dtype).reshape(3, inputs)  # type: ignore[arg-type]
+            bias = getattr(module, "bias", None)
+            found[name] = module.quant_method.apply(module, x, bias)  # type: ignore[union-attr,operator]
+            found |= {} if bias is None else {f"{name}.bias": bias.detach().clone()}
         elif not list(module.children()):
             found |= {f"{name}.{n}": p.detach().clone() for n, p in module.named_parameters()}
     return found
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "rank"), [("tied", 1, 0), ("untied", 1, 0), ("untied", 2, 0)]
+    ("model", "size", "rank"),
+    [
+        ("tied", 1, 0),
+        ("untied", 1, 0),
+        ("untied", 2, 0),
+        ("qwen2-tied", 1, 0),
+        ("qwen2-untied", 2, 0),
+        ("llama-tied", 1, 0),
+        ("llama-untied", 2, 0),
+    ],
 )
 def test_a_packed_model_computes_as_if_loaded_anew(
     folders: dict[str, Path], model: str, size: int, rank: int
@@ -64,9 +83,29 @@ def test_a_packed_model_computes_as_if_loaded_anew(
     expected = outputs(loaded(folders[model], 2, size, rank).module)
     after = outputs(running.module)
     assert after.keys() == expected.keys() and "lm_head" in after
+    assert ("model.layers.1.self_attn.qkv_proj.bias" in after) == model.startswith("qwen2")
     for name, value in expected.items():
         assert torch.equal(after[name], value), name
         assert not torch.equal(before[name], value), f"{name} does not depend on the weights"
+
+
+def test_a_bias_that_vllm_widens_is_written_too(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on machines with AMX: kernels for bfloat16 weights that want their biases in float32.
+    They run here as well, slowly, but vLLM would not choose them."""
+    monkeypatch.setattr(kernels, "check_cpu_sgl_kernel", lambda *shape_and_dtype: True)
+    folder, name = folders["qwen2-untied"], "model.layers.1.self_attn.qkv_proj.bias"
+    running = loaded(folder, 1, dtype="bfloat16")
+    bias = dict(running.module.named_parameters())[name]
+    packer = Packer(running.module, fresh(running))
+    assert (bias.dtype, packer.shapes[name].dtype) == (torch.float32, torch.bfloat16)
+
+    new = unprocessed(folder, 2, dtype="bfloat16").module
+    packer.pack({n: parameter.detach().clone() for n, parameter in new.named_parameters()})
+    expected = outputs(loaded(folder, 2, dtype="bfloat16").module)
+    for key, value in outputs(running.module).items():
+        assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
 
 
 def test_the_shadow_is_not_kept(folders: dict[str, Path]) -> None:

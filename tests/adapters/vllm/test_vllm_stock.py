@@ -18,13 +18,19 @@ from kimisys.broadcast import Publisher, snapshot_layout
 def test_random_or_half_packed_weights_are_not_served(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    model = random_model(folders["tied"], seed=1)
+    model = random_model(folders["llama-tied"], seed=1)
     live, answers = memory_layout(weights(model)), tmp_path / "answers.json"
     with Publisher(live, snapshot_layout(live, None), 0, tmp_path / "rank0") as publisher:
         publisher.publish(1, memory_buffers(weights(model)))
         script = vllm_stock_process.__file__
         subprocess.run(
-            [sys.executable, script, str(folders["tied"]), str(publisher.address), str(answers)],
+            [
+                sys.executable,
+                script,
+                str(folders["llama-tied"]),
+                str(publisher.address),
+                str(answers),
+            ],
             env=os.environ | environment(threads=1),
             check=True,
             timeout=240,
