@@ -61,17 +61,16 @@ def stubbed(source: str) -> dict[str, Signature]:
         inner = node.body if isinstance(node, ast.ClassDef) else [node]
         prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
         for function in inner:
-            if isinstance(function, ast.FunctionDef) and not is_property(function):
-                if not function.name.startswith("__") or function.name == "__init__":
-                    found[prefix + function.name] = signature(function)
+            if not isinstance(function, ast.FunctionDef) or is_property(function):
+                continue
+            if not function.name.startswith("__") or function.name == "__init__":
+                found[prefix + function.name] = signature(function)
     return found
 
 
 def built(module: ModuleType) -> dict[str, Signature]:
     """The same of the extension, from the docstrings that pybind11 writes."""
-    return {
-        name: signature(parsed(function.__doc__ or "")) for name, function in functions(module)
-    }
+    return {name: signature(parsed(function.__doc__ or "")) for name, function in functions(module)}
 
 
 def functions(module: ModuleType) -> Iterator[tuple[str, object]]:
