@@ -38,6 +38,13 @@ test-asan test-tsan: .venv/.packages
 test-python: setup  ## The Python tests (ARGS="-k digest" selects)
 	$(BIN)/python -m pytest $(ARGS)
 
+# With the Python of the machine where it has what is needed, else with the .venv's.
+GPU_PYTHON ?= $(or $(shell for p in python3 $(BIN)/python; do $$p -c 'import numpy, pybind11, torch' \
+  2>/dev/null && echo $$p && break; done),python3)
+
+gpu-check:  ## Build, test and measure on a machine with a GPU, offline and without setup (ARGS="--json FILE")
+	$(GPU_PYTHON) tests/gpu/check.py $(ARGS)
+
 bench: setup  ## The microbenchmarks (ARGS="reshard --json FILE")
 	$(BIN)/python -m bench $(ARGS)
 

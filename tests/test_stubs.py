@@ -61,9 +61,10 @@ def stubbed(source: str) -> dict[str, Signature]:
         inner = node.body if isinstance(node, ast.ClassDef) else [node]
         prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
         for function in inner:
-            if isinstance(function, ast.FunctionDef) and not is_property(function):
-                if not function.name.startswith("__") or function.name == "__init__":
-                    found[prefix + function.name] = signature(function)
+            if not isinstance(function, ast.FunctionDef) or is_property(function):
+                continue
+            if not function.name.startswith("__") or function.name == "__init__":
+                found[prefix + function.name] = signature(function)
     return found
 
 
