@@ -96,6 +96,8 @@ def draw_pass_rate(axes: Axes, history: History) -> None:
 
 def draw_phases(axes: Axes, history: History) -> None:
     """The seconds of each phase, stacked up to the whole step."""
+    if not history.steps:
+        return
     edges = [n - 0.5 for n in history.numbers] + [history.numbers[-1] + 0.5]
     below = [0.0] * len(history.steps)
     for i, (phase, seconds) in enumerate(history.phase_seconds().items()):
