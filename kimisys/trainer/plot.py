@@ -104,7 +104,7 @@ def draw_phases(axes: Axes, history: History) -> None:
         top = [b + s for b, s in zip(below, seconds, strict=True)]
         axes.stairs(top, edges, baseline=below, fill=True, color=f"C{i}", label=phase)
         below = top
-    axes.set_ylim(0, max(0.0, *axes.get_ylim()))
+    axes.set_ylim(bottom=0)
 
 
 def draw_gaps(axes: Axes, history: History) -> None:
@@ -121,7 +121,7 @@ def _draw_sync(axes: Axes, history: History) -> None:
     marker = "." if len(history.steps) <= _MARKED_UP_TO else ""
     milliseconds = [1e3 * s for s in history.values("sync_seconds")]
     axes.plot(history.numbers, milliseconds, marker=marker)
-    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.set_ylim(bottom=0)
 
 
 PASS_RATE = Chart(
