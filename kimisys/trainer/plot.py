@@ -79,12 +79,12 @@ def _lines(**labels: str) -> Callable[[Axes, History], None]:
 
 def draw_pass_rate(axes: Axes, history: History) -> None:
     """The pass rate in training, and before and after RL on the held-out problems."""
-    _lines(pass_rate="training, temperature 1")(axes, history)
+    _lines(pass_rate="training")(axes, history)
     summary = history.summary
     if summary is not None:
         ends = (0, max(history.numbers, default=0))
         for before, after, mark, label in (
-            (summary.pass_rate_before, summary.pass_rate_after, "C1o", "held out, temperature 1"),
+            (summary.pass_rate_before, summary.pass_rate_after, "C1o", "held out, sampled"),
             (summary.greedy_before, summary.greedy_after, "C2s", "held out, greedy"),
         ):
             marks = [(x, y) for x, y in zip(ends, (before, after), strict=True) if y is not None]
@@ -96,18 +96,20 @@ def draw_pass_rate(axes: Axes, history: History) -> None:
 
 def draw_phases(axes: Axes, history: History) -> None:
     """The seconds of each phase, stacked up to the whole step."""
+    if not history.steps:
+        return
     edges = [n - 0.5 for n in history.numbers] + [history.numbers[-1] + 0.5]
     below = [0.0] * len(history.steps)
     for i, (phase, seconds) in enumerate(history.phase_seconds().items()):
         top = [b + s for b, s in zip(below, seconds, strict=True)]
         axes.stairs(top, edges, baseline=below, fill=True, color=f"C{i}", label=phase)
         below = top
-    axes.set_ylim(0, max(0.0, *axes.get_ylim()))
+    axes.set_ylim(bottom=0)
 
 
 def draw_gaps(axes: Axes, history: History) -> None:
     """How far trainer and engine differ in log-probability, on a logarithmic scale."""
-    _lines(logprob_gap="mean of the step's tokens", probe_gap="largest on the probe")(axes, history)
+    _lines(logprob_gap="mean", probe_gap="largest on a probe")(axes, history)
     axes.set_yscale("log", nonpositive="mask")
     if history.gap_bound is not None:
         axes.axhline(history.gap_bound, color="C3", linestyle="--", label="bound of the mean")
@@ -119,13 +121,14 @@ def _draw_sync(axes: Axes, history: History) -> None:
     marker = "." if len(history.steps) <= _MARKED_UP_TO else ""
     milliseconds = [1e3 * s for s in history.values("sync_seconds")]
     axes.plot(history.numbers, milliseconds, marker=marker)
-    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.set_ylim(bottom=0)
 
 
 PASS_RATE = Chart(
     "Pass rate",
-    "The share of right answers. The line is measured on each step's own samples; circles and "
-    "squares on held-out problems, before and after RL. Greedy takes the likeliest token always.",
+    "The share of right answers. The line is measured on each step's own samples, circles and "
+    "squares on held-out problems before and after RL. Sampled: at temperature 1, as in training. "
+    "Greedy: always the likeliest token.",
     "share of answers",
     "pass_rate",
     draw_pass_rate,
@@ -146,7 +149,7 @@ LEARNING = (
         "right answer earns 1 and nothing else counts.",
         "mean reward",
         "reward",
-        _lines(reward="all of it"),
+        _lines(reward="reward", length_reward="of it, for the length"),
     ),
     Chart(
         "Length of completions",
@@ -191,11 +194,11 @@ SHAPING = (
     ),
     Chart(
         "Length reward",
-        "Its part in the mean reward. It compares the samples of one problem, so it is near 0 in "
-        "the mean, and 0 when all are equally long.",
+        "What it adds to the mean reward. It compares the samples of one problem: right answers "
+        "gain when they are short and lose when they are long; wrong ones can only lose.",
         "reward",
         "length_reward",
-        _lines(length_reward="length reward", reward="all of the reward"),
+        _lines(length_reward="length reward"),
     ),
     Chart(
         "Difficulty of the problems drawn",
@@ -223,8 +226,8 @@ SHAPING = (
 AGREEMENT = (
     Chart(
         "Trainer against engine",
-        "Both compute the same tokens' log-probabilities; rounding alone keeps them apart. Beyond "
-        "the dashed line the engine serves other weights than it should.",
+        "Both compute the same tokens' log-probabilities, and rounding alone keeps them apart. A "
+        "mean above the dashed line says that the engine serves other weights than it should.",
         "nats per token",
         "logprob_gap",
         draw_gaps,
@@ -248,8 +251,18 @@ TIMES = (
     ),
 )
 
-_STYLE = {
-    "font.size": 9.5,
+_INK, _FAINT = "#3b4450", "#d5dae0"
+_SERIES = ("#2f6db3", "#e08a2e", "#3a9b74", "#c8504f", "#9aa4b0")
+_ON_DARK = {
+    **{_INK: "#c3ccd6", _FAINT: "#3a4452"},
+    **dict(zip(_SERIES, ("#6cabea", "#f0a860", "#63c69c", "#ee7f7c", "#6f7b89"), strict=True)),
+}
+"""The colour that a dark background needs for each of ours."""
+
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), _FAINT),
+    "axes.prop_cycle": cycler(color=_SERIES),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -258,50 +271,39 @@ _STYLE = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
+    "legend.fontsize": "medium",
+    "legend.handlelength": 1.1,
+    "legend.handletextpad": 0.4,
+    "legend.columnspacing": 1.1,
     "lines.linewidth": 1.8,
+    "font.size": 9.0,
     "svg.hashsalt": "kimisys",  # equal runs give equal files
 }
 
 
-@dataclass(frozen=True)
-class Palette:
-    """Colours for one kind of background."""
-
-    ink: str
-    faint: str
-    series: tuple[str, ...]
-
-    def style(self) -> dict[Any, Any]:
-        """As settings of matplotlib."""
-        inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-        return {
-            **_STYLE,
-            **dict.fromkeys(inked, self.ink),
-            **dict.fromkeys(("axes.edgecolor", "grid.color"), self.faint),
-            "axes.prop_cycle": cycler(color=self.series),
-        }
-
-
-LIGHT = Palette("#3b4450", "#d5dae0", ("#2f6db3", "#e08a2e", "#3a9b74", "#c8504f", "#9aa4b0"))
-DARK = Palette("#c3ccd6", "#3a4452", ("#6cabea", "#f0a860", "#63c69c", "#ee7f7c", "#6f7b89"))
-
-
-def chart_svg(chart: Chart, history: History, palette: Palette) -> bytes:
-    """`chart` as an SVG file with a transparent background, letters as outlines (they look the same
-    without the font)."""
-    with rc_context(palette.style()):
-        figure = Figure(figsize=(4.8, 2.9), layout="constrained")
+def chart_svg(chart: Chart, history: History) -> str:
+    """`chart` as SVG on a transparent background, letters as outlines (they look the same without
+    the font)."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.3, 2.65), layout="constrained")  # inches of 96 CSS pixels
         _draw(figure.subplots(), chart, history)
         file = BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+    return file.getvalue().decode()
+
+
+def on_dark(svg: str) -> str:
+    """What `chart_svg` drew, in the colours that a dark background needs."""
+    for light, dark in _ON_DARK.items():
+        svg = svg.replace(light, dark)
+    return svg
 
 
 def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None:
     """Pass rate in training and on the held-out problems, and the time of each phase, as one
     PNG."""
     history = History(steps, summary, summary.logprob_gap_bound)
-    with rc_context({**LIGHT.style(), "font.size": 10, "savefig.facecolor": "white"}):
+    with rc_context({**_STYLE, "font.size": 10, "savefig.facecolor": "white"}):
         figure = Figure(figsize=(11, 3.8), layout="constrained")  # not pyplot: no display, no state
         for axes, chart in zip(figure.subplots(1, 2), (PASS_RATE, TIME), strict=True):
             _draw(axes, chart, history)
@@ -312,10 +314,9 @@ def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None
 def _draw(axes: Axes, chart: Chart, history: History) -> None:
     chart.draw(axes, history)
     axes.set(xlabel="RL step", ylabel=chart.unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+    if axes.get_yscale() == "linear":
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     _, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:  # above the axes: there it hides no curve
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(labels), **_COMPACT)
-
-
-_COMPACT = {"handlelength": 1.2, "columnspacing": 1.2, "handletextpad": 0.5, "fontsize": "small"}
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(labels))

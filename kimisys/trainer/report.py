@@ -27,15 +27,13 @@ from kimisys.trainer.metrics import (
 )
 from kimisys.trainer.plot import (
     AGREEMENT,
-    DARK,
     LEARNING,
-    LIGHT,
     SHAPING,
     TIMES,
     Chart,
     History,
-    Palette,
     chart_svg,
+    on_dark,
 )
 
 Read = TypeVar("Read")
@@ -96,6 +94,10 @@ def write_report(folder: Path) -> Path:
         )
     config = read_object(folder / "config.json")
     history = _history(folder, config)
+    pairs = _pairs(_read_if_there(folder / "samples.jsonl", read_samples, []))
+    machine = _read_if_there(
+        folder / "machine.json", partial(read_record, kind=MachineRecord), None
+    )
     sections = ((title, anchor, _pictures(charts, history)) for title, anchor, charts in _SECTIONS)
     page = _template().render(
         name=folder.resolve().name,
@@ -104,11 +106,9 @@ def write_report(folder: Path) -> Path:
         summary=history.summary,
         sections=[section for section in sections if section[2]],
         phases=_phase_rows(history) if history.steps else [],
-        pairs=_pairs(_read_if_there(folder / "samples.jsonl", read_samples, [])),
+        pairs=pairs,
         options=_options(config),
-        machine=_read_if_there(
-            folder / "machine.json", partial(read_record, kind=MachineRecord), None
-        ),
+        machine=machine,
         outcome=_outcome(history.summary) if history.summary else [],
     )
     path = folder / "report.html"
@@ -136,16 +136,12 @@ def _gap_bound(config: dict[str, Any]) -> float | None:
 
 
 def _pictures(charts: tuple[Chart, ...], history: History) -> list[Picture]:
-    return [
-        Picture(chart, _data_uri(chart, history, LIGHT), _data_uri(chart, history, DARK))
-        for chart in charts
-        if history.has(chart.needs)
-    ]
+    drawn = [(chart, chart_svg(chart, history)) for chart in charts if history.has(chart.needs)]
+    return [Picture(chart, _data_uri(svg), _data_uri(on_dark(svg))) for chart, svg in drawn]
 
 
-def _data_uri(chart: Chart, history: History, palette: Palette) -> str:
-    svg = chart_svg(chart, history, palette)
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def _phase_rows(history: History) -> list[tuple[str, str, str]]:
@@ -193,13 +189,15 @@ def _outcome(summary: Summary) -> list[tuple[str, str]]:
 
 def _number(name: str, value: object) -> str:
     """`value` as a person reads it; `name` says its unit."""
+    if "bytes" in name and isinstance(value, int):
+        return f"{value / 1e6:,.1f} MB"
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)
     if "seconds" in name:
         return _seconds(value)
     if "gap" in name:
         return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
 def _seconds(value: float) -> str:

@@ -45,6 +45,7 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
             "sessionId"
         ]
+        self.call("Emulation.setScrollbarsHidden", hidden=True)  # pictures as wide as the page
         for domain in ("Page", "Network", "Runtime"):
             self.call(f"{domain}.enable")
 
@@ -57,12 +58,17 @@ class Page:
             "Emulation.setDeviceMetricsOverride",
             width=width, height=900, deviceScaleFactor=1, mobile=False,
         )  # fmt: skip
+        self._go("about:blank")  # else a page that is loaded twice seems to be there at once
         self.requests.clear()
-        self.call("Page.navigate", url=path.as_uri())
-        done = "document.readyState === 'complete' && [...document.images].every(i => i.complete)"
+        self._go(path.as_uri())
+        self.ask("Promise.allSettled([...document.images].map(image => image.decode()))")
+
+    def _go(self, address: str) -> None:
+        self.call("Page.navigate", url=address)
         end = time.monotonic() + DEADLINE
-        while self.ask("location.href") != path.as_uri() or not self.ask(done):
-            assert time.monotonic() < end, f"Chromium did not load {path} in {DEADLINE} s"
+        there = f"location.href === {json.dumps(address)} && document.readyState === 'complete'"
+        while not self.ask(there):
+            assert time.monotonic() < end, f"Chromium did not load {address} in {DEADLINE} s"
             time.sleep(0.05)
 
     def ask(self, expression: str) -> Any:
