@@ -81,12 +81,30 @@ class Display:
 def print_summary(console: Console, summary: Summary) -> None:
     """The outcome, as a person wants to read it."""
     table = Table(box=None, padding=(0, 2), show_header=False)
-    rows = {
-        "pass rate (temperature 1, held out)": (summary.pass_rate_before, summary.pass_rate_after),
-        "pass rate (greedy, held out)": (summary.greedy_before, summary.greedy_after),
-    }
-    for name, (before, after) in rows.items():
-        table.add_row(name, " → ".join(f"{r:.3f}" for r in (before, after) if r is not None))
+    if summary.steps:
+        _add_reinforcement(table, summary)
+    table.add_row("wall time", f"{summary.wall_seconds:.0f} s")
+    console.print(table, soft_wrap=True)
+
+
+def _add_reinforcement(table: Table, summary: Summary) -> None:
+    for name, before, after, form in (
+        (
+            "pass rate (temperature 1, held out)",
+            summary.pass_rate_before,
+            summary.pass_rate_after,
+            ".3f",
+        ),
+        ("pass rate (greedy, held out)", summary.greedy_before, summary.greedy_after, ".3f"),
+        (
+            "tokens of a right completion",
+            summary.correct_length_before,
+            summary.correct_length_after,
+            ".1f",
+        ),
+    ):
+        known = [format(value, form) for value in (before, after) if value is not None]
+        table.add_row(name, " → ".join(known))
     table.add_row(
         "weight syncs",
         f"{summary.syncs}, median {summary.sync_seconds_median * 1e3:.0f} ms, "
@@ -98,6 +116,12 @@ def print_summary(console: Console, summary: Summary) -> None:
         f"mean log-probability gap of a step at most {summary.logprob_gap_max:.1e} per token "
         f"(bound {summary.logprob_gap_bound:.0e}); probe at most {summary.probe_gap_max:.1e}",
     )
-    table.add_row("rollouts", f"{summary.rollout_tokens_per_second:,.0f} tokens/s")
-    table.add_row("wall time", f"{summary.wall_seconds:.0f} s for {summary.steps} steps")
-    console.print(table, soft_wrap=True)
+    table.add_row(
+        "rollouts", f"{summary.steps} steps, {summary.rollout_tokens_per_second:,.0f} tokens/s"
+    )
+    if summary.logprob_gap_exceeded_at is not None:
+        table.add_row(
+            "the engine was frozen",
+            f"from step {summary.logprob_gap_exceeded_at} on, its log-probabilities differ from "
+            "the trainer's beyond the bound",
+        )

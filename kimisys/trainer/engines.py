@@ -44,7 +44,7 @@ class Engines:
     """`count` engines of `tensor_parallel` ranks each, actors among `actors`.
 
     model: folder with a config.json; its weights are not read. max_length: tokens of a prompt and
-    its completion together.
+    its completion together. name: of the actors, before their number.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class Engines:
         tensor_parallel: int = 1,
         seed: int = 0,
         timeout_seconds: float = 600.0,
+        name: str = "engine",
     ) -> None:
         self._actors = actors
-        self._names = [f"engine {i}" for i in range(count)]
+        self._names = [f"{name} {i}" for i in range(count)]
         self._starting: dict[str, Any] = {}
         threads = max(1, len(os.sched_getaffinity(0)) // count)
         self._config = EngineConfig(

@@ -28,11 +28,12 @@ PUBLICATIONS = 2  # of the same weights, when an engine refuses what landed
 
 @dataclass(frozen=True)
 class _Draw:
-    """The problems of a step: their places in the task, and how many there were to choose from."""
+    """The problems of a step: their places in the task, int64[prompts], and which there were to
+    choose from, bool[problems]."""
 
     indices: torch.Tensor
     problems: list[Problem]
-    admitted: int
+    admitted: torch.Tensor
 
 
 class Iterations:
@@ -131,8 +132,8 @@ class Iterations:
             correct_length=rollouts.correct_length,
             length_reward=float(extra.mean()),
             difficulty=float(np.mean([problem.difficulty for problem in drawn.problems])),
-            success_rate=float(self._success.rates.mean()),
-            admitted=drawn.admitted,
+            success_rate=float(self._success.rates[drawn.admitted].mean()),
+            admitted=int(drawn.admitted.sum()),
             tokens=rollouts.tokens,
             rollout_tokens_per_second=rollouts.tokens / rollouts.seconds,
             loss=improved.loss,
@@ -157,7 +158,7 @@ class Iterations:
             rates = torch.full_like(rates, UNSEEN_SUCCESS_RATE)
         indices = draw(rates, admitted, config.prompts, config.seed, step)
         problems = [self._task.problems[i] for i in indices.tolist()]
-        return _Draw(indices, problems, int(admitted.sum()))
+        return _Draw(indices, problems, admitted)
 
     def _sample(self, drawn: _Draw, step: int) -> Rollouts:
         config = self._config
