@@ -244,6 +244,10 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("proof", &Plan::proof)
       .def("of_rank", &Plan::of_rank, py::arg("destination_rank"),
            "The part that fills one destination rank.")
+      .def("of_source", &Plan::of_source, py::arg("source_rank"),
+           "The share that one source rank writes, into those destination buffers alone that it\n"
+           "touches. The shares of all source ranks write each destination byte exactly once; the\n"
+           "lowest rank writes the padding.")
       .def("execute", &execute_from_python, py::arg("sources"), py::arg("destinations"),
            py::arg("threads") = 0, py::arg("implementation") = std::nullopt,
            "Fills the destination buffers. Both mappings go from (rank, buffer name) to any\n"
@@ -265,7 +269,9 @@ void bind_plan(py::module_& module) {
       "tensor, region and ranks when that is impossible.");
   module.def(
       "prove",
-      [](const Plan& plan) { return prove(plan.source(), plan.destination(), plan.steps()); },
+      [](const Plan& plan) {
+        return prove(plan.source(), plan.destination(), plan.steps(), plan.share_of());
+      },
       py::arg("plan"), "Checks a plan anew, independently of the planner; raises PlanError.");
   module.def("implementations", &implementations,
              "Names of the executor's implementations, the default first. The environment\n"

@@ -60,6 +60,17 @@ std::vector<Memory> resolve(const Layout& layout, const MemoryMap& map,
   return found;
 }
 
+// Buffers of the destination that are asked for: all of them, or those that a share writes into.
+std::vector<bool> written_buffers(const Plan& plan) {
+  const Layout& to = plan.destination();
+  std::vector<bool> is_written(to.buffers().size(), !plan.share_of());
+  for (const Step& step : plan.steps()) is_written[to.buffer_of(step.destination_fragment)] = true;
+  for (std::size_t i = 0; plan.fills_padding() && i < to.padding().size(); ++i) {
+    is_written[to.buffer_of_padding(i)] = true;
+  }
+  return is_written;
+}
+
 void add_intervals(const Layout& layout, const std::vector<Memory>& memory, bool is_destination,
                    std::vector<Interval>& intervals) {
   for (std::size_t i = 0; i < memory.size(); ++i) {
@@ -120,11 +131,11 @@ void execute(const Plan& plan, const MemoryMap& sources, const MemoryMap& destin
 
   std::vector<bool> is_read(from.buffers().size(), false);
   for (const Step& step : plan.steps()) is_read[from.buffer_of(step.source_fragment)] = true;
-  const std::vector<bool> is_written(to.buffers().size(), true);
+  const std::vector<bool> is_written = written_buffers(plan);
   const auto source_memory = resolve(from, sources, is_read, "source");
   const auto destination_memory = resolve(to, destinations, is_written, "destination");
   for (std::size_t i = 0; i < destination_memory.size(); ++i) {
-    KIMISYS_CHECK(destination_memory[i].writable, kBad, "destination buffer '",
+    KIMISYS_CHECK(!is_written[i] || destination_memory[i].writable, kBad, "destination buffer '",
                   to.buffers()[i].name, "' of rank ", to.buffers()[i].rank,
                   " is read-only; pass memory that may be written");
   }
@@ -144,7 +155,7 @@ void execute(const Plan& plan, const MemoryMap& sources, const MemoryMap& destin
   std::vector<Blank> blanks;
   for (std::size_t i = 0; i < to.padding().size(); ++i) {
     const Padding& padding = to.padding()[i];
-    if (padding.nbytes == 0) continue;
+    if (padding.nbytes == 0 || !plan.fills_padding()) continue;
     blanks.push_back(
         {destination_memory[to.buffer_of_padding(i)].data + padding.byte_offset, padding.nbytes});
   }

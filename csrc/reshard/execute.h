@@ -32,7 +32,8 @@ struct ExecuteOptions {
 std::vector<std::string> implementations();
 
 // Fills every destination buffer of the plan: elements from the sources, padding with zeros. Reads
-// need only the source buffers that the plan's copies touch. Before any byte is written it raises
+// need only the source buffers that the plan's copies touch; a share needs only the destination
+// buffers that it writes. Before any byte is written it raises
 // BufferMismatchError for a missing, wrong-sized or read-only buffer and for memory that would be
 // both read and written, or written as two buffers; LayoutError for an unknown implementation.
 void execute(const Plan& plan, const MemoryMap& sources, const MemoryMap& destinations,

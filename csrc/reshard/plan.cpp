@@ -183,10 +183,15 @@ class Planner {
 
 Plan::Plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination,
            std::vector<Step> steps)
+    : Plan(std::move(source), std::move(destination), std::move(steps), std::nullopt) {}
+
+Plan::Plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination,
+           std::vector<Step> steps, std::optional<std::int64_t> share_of)
     : source_(std::move(source)),
       destination_(std::move(destination)),
       steps_(std::move(steps)),
-      proof_(prove(*source_, *destination_, steps_)) {}
+      share_of_(share_of),
+      proof_(prove(*source_, *destination_, steps_, share_of_)) {}
 
 Copy Plan::copy(std::size_t step) const {
   const Step& it = steps_.at(step);
@@ -227,7 +232,21 @@ Plan Plan::of_rank(std::int64_t destination_rank) const {
     steps.push_back({step.source_fragment, kept->second, step.region});
   }
   return {source_, std::make_shared<const Layout>(destination_->of_rank(destination_rank)),
-          std::move(steps)};
+          std::move(steps), share_of_};
+}
+
+Plan Plan::of_source(std::int64_t source_rank) const {
+  const std::vector<std::int64_t> ranks = source_->ranks();
+  KIMISYS_CHECK(std::binary_search(ranks.begin(), ranks.end(), source_rank), kBad,
+                "the plan has no source rank ", source_rank, "; its ranks are ", ranks_text(ranks));
+  KIMISYS_CHECK(!share_of_ || share_of_ == source_rank, kBad, "the plan is already the share of ",
+                "source rank ", share_of_.value_or(0), ": take that of ", source_rank,
+                " from the whole plan");
+  std::vector<Step> steps;
+  for (const Step& step : steps_) {
+    if (source_->fragments()[step.source_fragment].rank == source_rank) steps.push_back(step);
+  }
+  return {source_, destination_, std::move(steps), source_rank};
 }
 
 Plan make_plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination) {

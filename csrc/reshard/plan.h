@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <iosfwd>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -43,7 +44,8 @@ struct Copy {
   bool operator==(const Copy&) const = default;
 };
 
-// What prove() established. destination_bytes == copied_bytes + padding_bytes.
+// What prove() established. destination_bytes == copied_bytes + padding_bytes: of the whole
+// destination, or of the share of one source rank.
 struct Proof {
   std::int64_t destination_bytes = 0;
   std::int64_t copied_bytes = 0;
@@ -55,8 +57,10 @@ struct Proof {
 
 // Checks, without the planner's own bookkeeping, that the steps read only what the source holds and
 // that steps and padding write each byte of each destination buffer exactly once. Raises PlanError
-// naming tensor, region and ranks.
-Proof prove(const Layout& source, const Layout& destination, const std::vector<Step>& steps);
+// naming tensor, region and ranks. With `share_of` the steps are what one source rank writes of a
+// whole plan: they may leave bytes to others, but read no other rank and write no byte twice.
+Proof prove(const Layout& source, const Layout& destination, const std::vector<Step>& steps,
+            std::optional<std::int64_t> share_of = std::nullopt);
 
 class Plan {
  public:
@@ -69,6 +73,12 @@ class Plan {
   const std::vector<Step>& steps() const { return steps_; }
   const Proof& proof() const { return proof_; }
 
+  // Set for a share: the one source rank whose bytes the plan writes.
+  std::optional<std::int64_t> share_of() const { return share_of_; }
+
+  // False for the shares of all source ranks but the lowest: padding too is written once.
+  bool fills_padding() const { return !share_of_ || *share_of_ == source_->ranks().front(); }
+
   // Bytes of tensor elements written at the destination; padding is not counted.
   std::int64_t nbytes() const { return proof_.copied_bytes; }
 
@@ -77,10 +87,19 @@ class Plan {
   // The part that fills one destination rank. Raises PlanError if the destination has no such rank.
   Plan of_rank(std::int64_t destination_rank) const;
 
+  // The share that one source rank writes. This plan is proven and each of its steps has one source
+  // rank, so the shares of all source ranks together write each destination byte exactly once.
+  // Raises PlanError if the source has no such rank.
+  Plan of_source(std::int64_t source_rank) const;
+
  private:
+  Plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination,
+       std::vector<Step> steps, std::optional<std::int64_t> share_of);
+
   std::shared_ptr<const Layout> source_;
   std::shared_ptr<const Layout> destination_;
   std::vector<Step> steps_;
+  std::optional<std::int64_t> share_of_;
   Proof proof_;
 };
 

@@ -4,6 +4,7 @@
 // 1. Every step copies one region that both its fragments hold, inside both buffers.
 // 2. Within each destination fragment the steps' boxes are disjoint and their volumes add up to the
 //    fragment's: so each of its elements is written exactly once.
+//    The share of one source rank may leave elements to others, but not write one twice.
 // 3. Within each destination buffer, fragments and padding tile [0, nbytes) exactly.
 #include <algorithm>
 #include <optional>
@@ -57,8 +58,9 @@ std::pair<std::int64_t, std::int64_t> byte_range(const Fragment& fragment, const
 
 class Prover {
  public:
-  Prover(const Layout& source, const Layout& destination, const std::vector<Step>& steps)
-      : source_(source), destination_(destination), steps_(steps) {}
+  Prover(const Layout& source, const Layout& destination, const std::vector<Step>& steps,
+         std::optional<std::int64_t> share_of)
+      : source_(source), destination_(destination), steps_(steps), share_of_(share_of) {}
 
   Proof run() {
     std::vector<std::vector<const Region*>> boxes(destination_.fragments().size());
@@ -72,7 +74,8 @@ class Prover {
       proof.copied_bytes += check_fragment(i, std::move(boxes[i]));
     }
     check_buffers();
-    for (const Padding& padding : destination_.padding()) proof.padding_bytes += padding.nbytes;
+    if (share_of_) return run_share(proof);
+    proof.padding_bytes = padding_bytes();
     for (const Buffer& buffer : destination_.buffers()) proof.destination_bytes += buffer.nbytes;
     KIMISYS_CHECK(proof.destination_bytes == proof.copied_bytes + proof.padding_bytes, kBad,
                   "the plan writes ", proof.copied_bytes, " + ", proof.padding_bytes,
@@ -82,6 +85,19 @@ class Prover {
   }
 
  private:
+  Proof run_share(Proof proof) const {
+    const std::vector<std::int64_t> ranks = source_.ranks();
+    if (!ranks.empty() && *share_of_ == ranks.front()) proof.padding_bytes = padding_bytes();
+    proof.destination_bytes = proof.copied_bytes + proof.padding_bytes;
+    return proof;
+  }
+
+  std::int64_t padding_bytes() const {
+    std::int64_t sum = 0;
+    for (const Padding& padding : destination_.padding()) sum += padding.nbytes;
+    return sum;
+  }
+
   void check_step(const Step& step) const {
     KIMISYS_CHECK(step.source_fragment < source_.fragments().size() &&
                       step.destination_fragment < destination_.fragments().size(),
@@ -89,6 +105,8 @@ class Prover {
                   step.destination_fragment, " of the destination, which does not exist");
     const Fragment& from = source_.fragments()[step.source_fragment];
     const Fragment& to = destination_.fragments()[step.destination_fragment];
+    KIMISYS_CHECK(!share_of_ || *share_of_ == from.rank, kBad, "the share of source rank ",
+                  share_of_.value_or(0), " reads from source rank ", from.rank);
     const Tensor& held = source_.tensors()[source_.tensor_of(step.source_fragment)];
     const Tensor& wanted =
         destination_.tensors()[destination_.tensor_of(step.destination_fragment)];
@@ -125,7 +143,7 @@ class Prover {
     for (const Region* box : boxes) written += box->elements();
     check_disjoint(fragment, boxes);
     const std::int64_t wanted = fragment.region.elements();
-    KIMISYS_CHECK(written == wanted, kBad, "tensor '", fragment.tensor, "' region ",
+    KIMISYS_CHECK(written == wanted || share_of_, kBad, "tensor '", fragment.tensor, "' region ",
                   fragment.region, " on destination rank ", fragment.rank, " has ", wanted,
                   " elements, of which the plan writes ", written,
                   "; the rest has no source. Source ranks are ", ranks_text(source_.ranks()));
@@ -230,12 +248,14 @@ class Prover {
   const Layout& source_;
   const Layout& destination_;
   const std::vector<Step>& steps_;
+  const std::optional<std::int64_t> share_of_;
 };
 
 }  // namespace
 
-Proof prove(const Layout& source, const Layout& destination, const std::vector<Step>& steps) {
-  return Prover(source, destination, steps).run();
+Proof prove(const Layout& source, const Layout& destination, const std::vector<Step>& steps,
+            std::optional<std::int64_t> share_of) {
+  return Prover(source, destination, steps, share_of).run();
 }
 
 }  // namespace kimisys::reshard

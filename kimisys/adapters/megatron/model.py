@@ -86,7 +86,7 @@ def _build(
         apply_rope_fusion=False,
         cuda_graph_scope=[],  # the default, "full", is deprecated and says so
     )
-    with torch.device(device), cpu.CudaIsCpu():
+    with torch.device(device):
         model = Model(
             config,
             _layer_specs(config, config.num_layers // stages),

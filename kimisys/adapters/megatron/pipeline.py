@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from kimisys.adapters.megatron import cpu
 from kimisys.adapters.megatron.core import get_forward_backward_func, parallel_state
 from kimisys.adapters.megatron.model import Model
 
@@ -72,18 +71,17 @@ def _run(
 
     if not inputs:
         return []
-    with cpu.CudaIsCpu():
-        results: list[Any] = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(range(len(inputs))),
-            model=model,
-            num_microbatches=len(inputs),
-            # stages tell each other the sizes (variable_seq_lengths): these two are not used
-            seq_length=inputs[0].shape[1],
-            micro_batch_size=inputs[0].shape[0],
-            forward_only=not backward,
-            collect_non_loss_data=not backward,
-        )
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(range(len(inputs))),
+        model=model,
+        num_microbatches=len(inputs),
+        # stages tell each other the sizes (variable_seq_lengths): these two are not used
+        seq_length=inputs[0].shape[1],
+        micro_batch_size=inputs[0].shape[0],
+        forward_only=not backward,
+        collect_non_loss_data=not backward,
+    )
     return results
 
 
