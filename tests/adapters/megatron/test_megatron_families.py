@@ -60,17 +60,17 @@ def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+@pytest.mark.parametrize(("shards", "stages"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_comes_back_from_megatron_s_layouts(
-    family: str, tied: bool, tensor_parallel: int
+    family: str, tied: bool, shards: int, stages: int
 ) -> None:
     config = tiny_config(family, tied=tied, num_attention_heads=8, num_key_value_heads=4)
     given = weights_of(reference(config))
     layouts = []
-    for rank in range(tensor_parallel):
-        with runtime.offline(tensor_parallel, 1, rank, tensor_parallel):
+    for rank in range(shards * stages):
+        with runtime.offline(shards, stages, rank, shards * stages):
             layouts.append(model_layout(build_model(config, torch.float32, "meta"), config, rank))
     layout = Layout.merge(layouts)
     assert {t.name: tuple(t.shape) for t in layout.tensors} == {

@@ -144,8 +144,13 @@ def test_bfloat16_parameters_are_bytes_too() -> None:
 @pytest.mark.parametrize(
     ("change", "tensor_parallel", "world", "message"),
     [
-        ({}, 2, 3, r"world_size 3 is not divisible by tensor_parallel 2.*one of \[1, 3\]"),
-        ({}, 0, 1, "must both be at least 1"),
+        (
+            {},
+            2,
+            3,
+            r"world_size 3 is not divisible by tensor_parallel 2 .*\[\(1, 1\), \(1, 3\), \(3",
+        ),
+        ({}, 0, 1, "must all be at least 1"),
         ({}, 4, 4, r"does not divide num_key_value_heads 2 .*one of \[1, 2\]"),
         ({"num_attention_heads": 6, "num_key_value_heads": 6}, 4, 4, "num_attention_heads 6 and"),
         ({"intermediate_size": 97}, 2, 2, r"does not divide intermediate_size 97 .*one of \[1\]"),
