@@ -118,8 +118,9 @@ def build() -> Outcome:
 
 def environment() -> dict[str, str]:
     """SITE before everything else, and no folder that Python would put before it."""
-    paths = os.pathsep.join(map(str, (SITE, ROOT, HERE)))
-    return {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+    given = os.environ.get("PYTHONPATH")
+    paths = [str(SITE), str(ROOT), str(HERE), *([given] if given else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 def smoke() -> Outcome:
@@ -144,8 +145,10 @@ def run_tests() -> list[Outcome]:
         "-o", "pythonpath=", "-p", "no:cacheprovider", f"--junitxml={results}",
     ]  # fmt: skip
     whole = step("tests/gpu", [command], 1800, env=environment())
-    outcomes = read_outcomes(results.read_text()) if results.exists() else []
-    # A failure that no test accounts for: in collection, or a crash.
+    if not results.exists():  # pytest did not come to its end, whatever its exit status says
+        return [Outcome(whole.name, "failed", whole.seconds, whole.message or "no results")]
+    outcomes = read_outcomes(results.read_text())
+    # A failure that no test accounts for.
     if whole.outcome == "failed" and all(each.outcome != "failed" for each in outcomes):
         outcomes.append(whole)
     return outcomes
