@@ -1,4 +1,4 @@
-"""The machine's ceiling for a copy: one contiguous run by libc memcpy and by streaming stores, on as
+"""The machine's ceiling for a copy: one contiguous run by memcpy and by streaming stores, on as many
 many threads as the executor takes.
 
 Compiled from ceiling.cpp when first asked for (g++, as for the extension, about a second).
