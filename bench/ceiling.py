@@ -1,5 +1,5 @@
-"""The machine's ceiling for a copy: libc memcpy and streaming stores, one contiguous run, on as many
-threads as the executor takes.
+"""The machine's ceiling for a copy: one contiguous run by memcpy and by streaming stores, on as many
+many threads as the executor takes.
 
 Compiled from ceiling.cpp when first asked for (g++, as for the extension, about a second).
 """

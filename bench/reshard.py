@@ -1,5 +1,4 @@
-"""Executing plans: strided copies and casts, against torch's copy_ and against one contiguous copy of
-the same bytes."""
+"""Executing plans: strided copies and casts, against torch's copy_ and one contiguous copy."""
 
 from __future__ import annotations
 
@@ -165,8 +164,8 @@ def strided(kind: str, total: int) -> Case:
     )
 
 
-def small_copies(count: int, nbytes: int) -> Case:
-    """Many small tensors in one plan, against a loop of torch copies."""
+def small_copies(count: int, nbytes: int, bound: bool) -> Case:
+    """Many small tensors in one plan, bound beforehand or not, against a loop of torch copies."""
     shape = [nbytes // 2]
 
     def side(rank: int) -> Layout:
@@ -188,9 +187,10 @@ def small_copies(count: int, nbytes: int) -> Case:
         for to, source in zip(others, froms, strict=True):
             to.copy_(source)
 
+    execution = made.bind(sources, destinations)
     return Case(
-        f"{count} copies of {nbytes // 1024} KiB",
-        lambda: made.execute(sources, destinations),
+        f"{count} copies of {nbytes // 1024} KiB, " + ("bound" if bound else "executed"),
+        execution.run if bound else lambda: made.execute(sources, destinations),
         {"a loop of torch copy_": peer},
         lambda: all(torch.equal(a, b) for a, b in zip(tos, froms, strict=True)),
         count * nbytes,
@@ -229,4 +229,5 @@ def cases() -> Iterator[Case]:
     yield strided("transposed", 64 * MIB)
     yield strided("spread", 64 * MIB)
     for kib in (1, 4, 32):
-        yield small_copies(5000, kib * 1024)
+        yield small_copies(5000, kib * 1024, bound=False)
+        yield small_copies(5000, kib * 1024, bound=True)

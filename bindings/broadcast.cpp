@@ -34,7 +34,7 @@ Digests digest_from_python(const reshard::Layout& layout, const py::object& buff
   std::vector<std::uint64_t> digests;
   {
     const py::gil_scoped_release release;
-    digests = broadcast::digest(layout, held.map(), static_cast<std::size_t>(threads),
+    digests = broadcast::digest(layout, held.memories(), static_cast<std::size_t>(threads),
                                 implementation.value_or(""));
   }
   return as_array(digests);

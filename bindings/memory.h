@@ -3,41 +3,29 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cstddef>
-#include <cstdint>
-#include <list>
-#include <string>
+#include <vector>
 
 #include "reshard/execute.h"
 
 namespace kimisys::bindings {
 
-// A held PEP 3118 buffer.
-class HeldBuffer {
- public:
-  // Raises BufferMismatchError, naming `what`, unless the object is a C-contiguous buffer.
-  HeldBuffer(pybind11::handle object, const std::string& what);
-  ~HeldBuffer();
-  HeldBuffer(const HeldBuffer&) = delete;
-  HeldBuffer& operator=(const HeldBuffer&) = delete;
-
-  reshard::Memory memory() const;
-
- private:
-  Py_buffer view_ = {};
-};
-
-// The entries of a Mapping[(rank, name) -> buffer] that `layout` knows. Absent entries are left for
-// the core to report. Create and destroy with the GIL held; read without.
+// The entries of a Mapping[(rank, name) -> PEP 3118 buffer] that `layout` knows. Absent entries are
+// left for the core to report. Create and destroy with the GIL held; read without.
 class HeldBuffers {
  public:
+  // Raises BufferMismatchError, naming `side` and the buffer, for what is no C-contiguous buffer.
   HeldBuffers(const reshard::Layout& layout, pybind11::handle mapping, const char* side);
+  ~HeldBuffers();
+  HeldBuffers(const HeldBuffers&) = delete;
+  HeldBuffers& operator=(const HeldBuffers&) = delete;
 
-  const reshard::MemoryMap& map() const { return map_; }
+  const reshard::Memories& memories() const { return memories_; }
 
  private:
-  std::list<HeldBuffer> held_;
-  reshard::MemoryMap map_;
+  void hold(pybind11::handle object, const reshard::Buffer& buffer, const char* side);
+
+  std::vector<Py_buffer> views_;
+  reshard::Memories memories_;
 };
 
 }  // namespace kimisys::bindings

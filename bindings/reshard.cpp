@@ -213,19 +213,47 @@ void bind_copy(py::module_& module) {
   bind_value(proof);
 }
 
-void execute_from_python(const Plan& plan, const py::object& sources,
-                         const py::object& destinations, std::int64_t threads,
-                         const std::optional<std::string>& implementation) {
-  KIMISYS_CHECK(threads >= 0, ErrorCode::kLayout, "threads is ", threads,
-                "; give a positive number, or 0 for all that the process may use");
-  const HeldBuffers from(plan.source(), sources, "source");
-  const HeldBuffers to(plan.destination(), destinations, "destination");
-  const py::gil_scoped_release release;
-  execute(plan, from.map(), to.map(),
-          {static_cast<std::size_t>(threads), implementation.value_or("")});
+// An execution and the Python buffers that it works on.
+class BoundExecution {
+ public:
+  BoundExecution(const Plan& plan, const py::object& sources, const py::object& destinations,
+                 std::int64_t threads, const std::optional<std::string>& implementation)
+      : from_(plan.source(), sources, "source"),
+        to_(plan.destination(), destinations, "destination"),
+        execution_(make(plan, threads, implementation)) {}
+
+  void run() const {
+    const py::gil_scoped_release release;
+    execution_.run();
+  }
+
+ private:
+  Execution make(const Plan& plan, std::int64_t threads,
+                 const std::optional<std::string>& implementation) const {
+    KIMISYS_CHECK(threads >= 0, ErrorCode::kLayout, "threads is ", threads,
+                  "; give a positive number, or 0 for all that the process may use");
+    const py::gil_scoped_release release;
+    return {plan,
+            from_.memories(),
+            to_.memories(),
+            {static_cast<std::size_t>(threads), implementation.value_or("")}};
+  }
+
+  HeldBuffers from_;
+  HeldBuffers to_;
+  Execution execution_;
+};
+
+std::unique_ptr<BoundExecution> bind(const Plan& plan, const py::object& sources,
+                                     const py::object& destinations, std::int64_t threads,
+                                     const std::optional<std::string>& implementation) {
+  return std::make_unique<BoundExecution>(plan, sources, destinations, threads, implementation);
 }
 
 void bind_plan(py::module_& module) {
+  py::class_<BoundExecution>(module, "Execution",
+                             "A plan on its memory, checked and cut for its threads.")
+      .def("run", &BoundExecution::run, "Fills the destination buffers. Releases the GIL.");
   py::class_<Plan>(module, "Plan",
                    "The copies from a source layout to a destination layout, proven to write each\n"
                    "destination byte exactly once.")
@@ -248,13 +276,24 @@ void bind_plan(py::module_& module) {
            "The share that one source rank writes, into those destination buffers alone that it\n"
            "touches. The shares of all source ranks write each destination byte exactly once; the\n"
            "lowest rank writes the padding.")
-      .def("execute", &execute_from_python, py::arg("sources"), py::arg("destinations"),
-           py::arg("threads") = 0, py::arg("implementation") = std::nullopt,
-           "Fills the destination buffers. Both mappings go from (rank, buffer name) to any\n"
+      .def(
+          "execute",
+          [](const Plan& self, const py::object& sources, const py::object& destinations,
+             std::int64_t threads, const std::optional<std::string>& implementation) {
+            BoundExecution(self, sources, destinations, threads, implementation).run();
+          },
+          py::arg("sources"), py::arg("destinations"), py::arg("threads") = 0,
+          py::arg("implementation") = std::nullopt,
+          "Fills the destination buffers: bind(...).run(). Nothing is written before everything\n"
+          "has been checked.")
+      .def("bind", &bind, py::arg("sources"), py::arg("destinations"), py::arg("threads") = 0,
+           py::arg("implementation") = std::nullopt,
+           "An Execution of this plan, to run again and again on the same memory. Both mappings go "
+           "from (rank, buffer name) to any\n"
            "C-contiguous buffer of exactly the layout's size; sources that the plan does not read\n"
-           "may be absent. Presence, sizes, writability and overlap are checked before any byte\n"
-           "is written (BufferMismatchError). Releases the GIL. threads 0 means all that the\n"
-           "process may use; implementation is one of implementations().")
+           "may be absent. Presence, sizes, writability and overlap are checked here\n"
+           "(BufferMismatchError). Holds the buffers: their memory stays. threads 0 means all\n"
+           "that the process may use; implementation is one of implementations().")
       .def("__repr__", &repr<Plan>);
   module.def(
       "plan",
@@ -273,9 +312,10 @@ void bind_plan(py::module_& module) {
         return prove(plan.source(), plan.destination(), plan.steps(), plan.share_of());
       },
       py::arg("plan"), "Checks a plan anew, independently of the planner; raises PlanError.");
-  module.def("implementations", &implementations,
-             "Names of the executor's implementations, the default first. The environment\n"
-             "variable KIMISYS_RESHARD_IMPLEMENTATION or the argument of execute forces one.");
+  module.def(
+      "implementations", &implementations,
+      "Names of the executor's implementations, the default first. The environment\n"
+      "variable KIMISYS_RESHARD_IMPLEMENTATION or the argument of bind and execute forces one.");
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ using reshard::Dims;
 using reshard::Fragment;
 using reshard::kMaxDims;
 using reshard::Layout;
-using reshard::MemoryMap;
+using reshard::Memories;
 using reshard::Tensor;
 
 constexpr std::string_view kNaive = "naive";
@@ -182,22 +182,21 @@ std::uint64_t sum_naive(const Tensor& tensor, const Fragment& fragment, const st
 }
 
 // The buffers that the fragments use, in the order of layout.buffers(); null for the others.
-std::vector<const std::byte*> find_memory(const Layout& layout, const MemoryMap& memory) {
+std::vector<const std::byte*> find_memory(const Layout& layout, const Memories& memory) {
   std::vector<const std::byte*> found(layout.buffers().size(), nullptr);
   for (std::size_t i = 0; i < layout.fragments().size(); ++i) {
     const std::size_t b = layout.buffer_of(i);
     if (found[b] != nullptr) continue;
     const reshard::Buffer& buffer = layout.buffers()[b];
-    const auto entry = memory.find({buffer.rank, buffer.name});
-    KIMISYS_CHECK(entry != memory.end(), ErrorCode::kBufferMismatch, "digest needs buffer '",
-                  buffer.name, "' of rank ", buffer.rank, " for tensor '",
+    KIMISYS_CHECK(b < memory.size() && memory[b].has_value(), ErrorCode::kBufferMismatch,
+                  "digest needs buffer '", buffer.name, "' of rank ", buffer.rank, " for tensor '",
                   layout.fragments()[i].tensor, "'; pass it under (", buffer.rank, ", '",
                   buffer.name, "')");
-    KIMISYS_CHECK(entry->second.nbytes == buffer.nbytes, ErrorCode::kBufferMismatch,
+    KIMISYS_CHECK(memory[b]->nbytes == buffer.nbytes, ErrorCode::kBufferMismatch,
                   "digest needs buffer '", buffer.name, "' of rank ", buffer.rank, " with ",
-                  buffer.nbytes, " bytes, got ", entry->second.nbytes,
+                  buffer.nbytes, " bytes, got ", memory[b]->nbytes,
                   "; pass the buffer that the layout describes");
-    found[b] = entry->second.data;
+    found[b] = memory[b]->data;
   }
   return found;
 }
@@ -225,8 +224,8 @@ std::vector<std::string_view> digest_implementations() {
   return names;
 }
 
-std::vector<std::uint64_t> digest(const Layout& layout, const MemoryMap& memory,
-                                  std::size_t threads, std::string_view implementation) {
+std::vector<std::uint64_t> digest(const Layout& layout, const Memories& memory, std::size_t threads,
+                                  std::string_view implementation) {
   const std::string_view chosen = chosen_implementation(implementation);
   const std::vector<const std::byte*> found = find_memory(layout, memory);
   std::vector<std::uint64_t> digests(layout.tensors().size(), 0);

@@ -21,7 +21,7 @@ namespace kimisys::broadcast {
 // the process may use. `implementation`: empty, or one of digest_implementations(); empty takes
 // KIMISYS_BROADCAST_IMPLEMENTATION, else the fastest. Raises BufferMismatchError for a missing or
 // wrong-sized buffer, LayoutError for an unknown implementation.
-std::vector<std::uint64_t> digest(const reshard::Layout& layout, const reshard::MemoryMap& memory,
+std::vector<std::uint64_t> digest(const reshard::Layout& layout, const reshard::Memories& memory,
                                   std::size_t threads = 0, std::string_view implementation = {});
 
 // Names for `implementation`, fastest first; "naive" goes element by element.

@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "base/error.h"
+#include "reshard/box.h"
 #include "reshard/kernels.h"
 
 namespace kimisys::reshard {
@@ -35,27 +36,20 @@ const RowSet* choose(const std::string& asked) {
        "' (argument or KIMISYS_RESHARD_IMPLEMENTATION); this machine has ", list);
 }
 
-struct Interval {
-  const std::byte* begin;
-  const std::byte* end;
-  const Buffer* buffer;
-  bool is_destination;
-};
-
-// The memory of each buffer of a layout, in the order of its buffer table; null where not needed.
-std::vector<Memory> resolve(const Layout& layout, const MemoryMap& map,
+// Fills what execute() needs of one side's memory: null data where a buffer is not needed.
+std::vector<Memory> resolve(const Layout& layout, const Memories& given,
                             const std::vector<bool>& needed, const char* side) {
-  std::vector<Memory> found(layout.buffers().size());
+  const std::vector<Buffer>& buffers = layout.buffers();
+  std::vector<Memory> found(buffers.size());
   for (std::size_t i = 0; i < found.size(); ++i) {
     if (!needed[i]) continue;
-    const Buffer& buffer = layout.buffers()[i];
-    const auto entry = map.find({buffer.rank, buffer.name});
-    KIMISYS_CHECK(entry != map.end(), kBad, side, " buffer '", buffer.name, "' of rank ",
-                  buffer.rank, " is missing; pass it under the key (rank, name)");
-    KIMISYS_CHECK(entry->second.nbytes == buffer.nbytes, kBad, side, " buffer '", buffer.name,
-                  "' of rank ", buffer.rank, " has ", entry->second.nbytes,
-                  " bytes where the layout says ", buffer.nbytes);
-    found[i] = entry->second;
+    KIMISYS_CHECK(i < given.size() && given[i].has_value(), kBad, side, " buffer '",
+                  buffers[i].name, "' of rank ", buffers[i].rank,
+                  " is missing; pass it under the key (rank, name)");
+    KIMISYS_CHECK(given[i]->nbytes == buffers[i].nbytes, kBad, side, " buffer '", buffers[i].name,
+                  "' of rank ", buffers[i].rank, " has ", given[i]->nbytes,
+                  " bytes where the layout says ", buffers[i].nbytes);
+    found[i] = *given[i];
   }
   return found;
 }
@@ -70,6 +64,22 @@ std::vector<bool> written_buffers(const Plan& plan) {
   }
   return is_written;
 }
+
+void check_writable(const Layout& layout, const std::vector<Memory>& memory,
+                    const std::vector<bool>& is_written) {
+  for (std::size_t i = 0; i < memory.size(); ++i) {
+    KIMISYS_CHECK(!is_written[i] || memory[i].writable, kBad, "destination buffer '",
+                  layout.buffers()[i].name, "' of rank ", layout.buffers()[i].rank,
+                  " is read-only; pass memory that may be written");
+  }
+}
+
+struct Interval {
+  const std::byte* begin;
+  const std::byte* end;
+  const Buffer* buffer;
+  bool is_destination;
+};
 
 void add_intervals(const Layout& layout, const std::vector<Memory>& memory, bool is_destination,
                    std::vector<Interval>& intervals) {
@@ -102,14 +112,21 @@ void check_no_overlap(std::vector<Interval> intervals) {
   }
 }
 
-Block make_block(const Copy& copy, const std::byte* source, std::byte* destination) {
-  Block block{.source = source + copy.source_offset,
-              .destination = destination + copy.destination_offset,
-              .dims = copy.region.extent.size(),
-              .source_dtype = copy.source_dtype,
-              .destination_dtype = copy.destination_dtype};
+DType dtype_of(const Layout& layout, std::size_t fragment) {
+  return layout.tensors()[layout.tensor_of(fragment)].dtype;
+}
+
+Block make_block(const Plan& plan, const Step& step, const std::byte* source,
+                 std::byte* destination) {
+  const Fragment& from = plan.source().fragments()[step.source_fragment];
+  const Fragment& to = plan.destination().fragments()[step.destination_fragment];
+  Block block{.source = source + byte_offset_at(from, step.region.offset),
+              .destination = destination + byte_offset_at(to, step.region.offset),
+              .dims = step.region.extent.size(),
+              .source_dtype = dtype_of(plan.source(), step.source_fragment),
+              .destination_dtype = dtype_of(plan.destination(), step.destination_fragment)};
   for (std::size_t d = 0; d < block.dims; ++d) {
-    block.axes[d] = {copy.region.extent[d], copy.source_strides[d], copy.destination_strides[d]};
+    block.axes[d] = {step.region.extent[d], from.byte_strides[d], to.byte_strides[d]};
   }
   return block;
 }
@@ -123,44 +140,60 @@ std::vector<std::string> implementations() {
   return names;
 }
 
-void execute(const Plan& plan, const MemoryMap& sources, const MemoryMap& destinations,
-             const ExecuteOptions& options) {
+struct Execution::Blocks {
+  const RowSet* rows;  // null: the naive implementation
+  std::vector<Block> blocks;
+  std::vector<Blank> blanks;
+  std::optional<Work> work;
+};
+
+Execution::~Execution() = default;
+Execution::Execution(Execution&&) noexcept = default;
+
+Execution::Execution(const Plan& plan, const Memories& sources, const Memories& destinations,
+                     const ExecuteOptions& options) {
   const Layout& from = plan.source();
   const Layout& to = plan.destination();
-  const RowSet* rows = choose(options.implementation);
+  auto made = std::make_unique<Blocks>();
+  made->rows = choose(options.implementation);
 
   std::vector<bool> is_read(from.buffers().size(), false);
   for (const Step& step : plan.steps()) is_read[from.buffer_of(step.source_fragment)] = true;
   const std::vector<bool> is_written = written_buffers(plan);
   const auto source_memory = resolve(from, sources, is_read, "source");
   const auto destination_memory = resolve(to, destinations, is_written, "destination");
-  for (std::size_t i = 0; i < destination_memory.size(); ++i) {
-    KIMISYS_CHECK(!is_written[i] || destination_memory[i].writable, kBad, "destination buffer '",
-                  to.buffers()[i].name, "' of rank ", to.buffers()[i].rank,
-                  " is read-only; pass memory that may be written");
-  }
+  check_writable(to, destination_memory, is_written);
   std::vector<Interval> intervals;
   add_intervals(from, source_memory, false, intervals);
   add_intervals(to, destination_memory, true, intervals);
   check_no_overlap(std::move(intervals));
 
-  std::vector<Block> blocks;
-  blocks.reserve(plan.steps().size());
-  for (std::size_t i = 0; i < plan.steps().size(); ++i) {
-    const Step& step = plan.steps()[i];
-    blocks.push_back(make_block(plan.copy(i),
-                                source_memory[from.buffer_of(step.source_fragment)].data,
-                                destination_memory[to.buffer_of(step.destination_fragment)].data));
+  made->blocks.reserve(plan.steps().size());
+  for (const Step& step : plan.steps()) {
+    made->blocks.push_back(
+        make_block(plan, step, source_memory[from.buffer_of(step.source_fragment)].data,
+                   destination_memory[to.buffer_of(step.destination_fragment)].data));
   }
-  std::vector<Blank> blanks;
   for (std::size_t i = 0; i < to.padding().size(); ++i) {
     const Padding& padding = to.padding()[i];
     if (padding.nbytes == 0 || !plan.fills_padding()) continue;
-    blanks.push_back(
+    made->blanks.push_back(
         {destination_memory[to.buffer_of_padding(i)].data + padding.byte_offset, padding.nbytes});
   }
-  if (rows == nullptr) return execute_naive(blocks, blanks);
-  execute_native(blocks, blanks, options.threads, *rows);
+  if (made->rows != nullptr) {
+    made->work.emplace(std::move(made->blocks), std::move(made->blanks), options.threads);
+  }
+  blocks_ = std::move(made);
+}
+
+void Execution::run() const {
+  if (blocks_->work) return blocks_->work->run(*blocks_->rows);
+  execute_naive(blocks_->blocks, blocks_->blanks);
+}
+
+void execute(const Plan& plan, const Memories& sources, const Memories& destinations,
+             const ExecuteOptions& options) {
+  Execution(plan, sources, destinations, options).run();
 }
 
 }  // namespace kimisys::reshard

@@ -3,9 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
+#include <memory>
+#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "reshard/plan.h"
@@ -19,8 +19,8 @@ struct Memory {
   bool writable = false;
 };
 
-// By (rank, buffer name).
-using MemoryMap = std::map<std::pair<std::int64_t, std::string>, Memory>;
+// The memory of each buffer of a layout that the caller has, in the order of layout.buffers().
+using Memories = std::vector<std::optional<Memory>>;
 
 struct ExecuteOptions {
   std::size_t threads = 0;     // 0 means all that the process may use
@@ -31,12 +31,29 @@ struct ExecuteOptions {
 // generic as far as the processor has them, and naive.
 std::vector<std::string> implementations();
 
-// Fills every destination buffer of the plan: elements from the sources, padding with zeros. Reads
-// need only the source buffers that the plan's copies touch; a share needs only the destination
-// buffers that it writes. Before any byte is written it raises
-// BufferMismatchError for a missing, wrong-sized or read-only buffer and for memory that would be
-// both read and written, or written as two buffers; LayoutError for an unknown implementation.
-void execute(const Plan& plan, const MemoryMap& sources, const MemoryMap& destinations,
+// A plan on its memory, checked and cut for its threads, to be run any number of times. The memory
+// must stay where it is; the plan need not.
+class Execution {
+ public:
+  // Reads need only the source buffers that the plan's copies touch; a share needs only the
+  // destination buffers that it writes. Raises BufferMismatchError for a missing, wrong-sized or
+  // read-only buffer and for memory that would be both read and written, or written as two buffers;
+  // LayoutError for an unknown implementation.
+  Execution(const Plan& plan, const Memories& sources, const Memories& destinations,
+            const ExecuteOptions& options = {});
+  ~Execution();
+  Execution(Execution&&) noexcept;
+
+  // Fills every destination buffer: elements from the sources, padding with zeros.
+  void run() const;
+
+ private:
+  struct Blocks;
+  std::unique_ptr<const Blocks> blocks_;
+};
+
+// Execution(...).run(): all that Execution checks is checked before any byte is written.
+void execute(const Plan& plan, const Memories& sources, const Memories& destinations,
              const ExecuteOptions& options = {});
 
 }  // namespace kimisys::reshard

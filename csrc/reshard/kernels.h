@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/dtype.h"
 #include "reshard/layout.h"
@@ -36,9 +37,31 @@ struct Blank {
 // One element after another, on the calling thread, exactly as the definition says.
 void execute_naive(std::span<const Block> blocks, std::span<const Blank> blanks);
 
-// Contiguous dimensions collapsed, rows moved by `rows`, work split by bytes among the threads (0
-// means hardware_threads()).
-void execute_native(std::span<const Block> blocks, std::span<const Blank> blanks,
-                    std::size_t threads, const RowSet& rows);
+// Contiguous dimensions collapsed, rows moved by a RowSet, the whole cut by bytes for the threads.
+class Work {
+ public:
+  // threads: 0 means hardware_threads().
+  Work(std::vector<Block> blocks, std::vector<Blank> blanks, std::size_t threads);
+
+  void run(const RowSet& rows) const;
+
+ private:
+  // Blocks to run one after the other, or woven together when they are several.
+  struct Part {
+    std::size_t first;
+    std::size_t count;
+    std::int64_t bytes;
+  };
+
+  void add(std::size_t first, std::size_t count, std::size_t axis, std::int64_t limit);
+  void run_part(const Part& part, const RowSet& rows) const;
+
+  std::vector<Block> blocks_;
+  std::vector<Blank> blanks_;
+  std::size_t threads_;
+  bool may_stream_ = false;
+  std::vector<Part> parts_;
+  std::vector<std::size_t> batches_ = {0};  // parts that one thread takes at once: [i], [i + 1]
+};
 
 }  // namespace kimisys::reshard

@@ -183,72 +183,6 @@ void run_woven(std::span<const Block> blocks, bool may_stream, const RowSet& row
   }
 }
 
-// Blocks to run one after the other, or woven when they are several.
-struct Part {
-  std::size_t first;
-  std::size_t count;
-  std::int64_t bytes;
-};
-
-// The work of an execution, cut for its threads.
-class Work {
- public:
-  // Parts of at most about `limit` bytes, as far as rows can be told apart.
-  Work(std::vector<Block> blocks, std::int64_t limit) {
-    if (std::any_of(blocks.begin(), blocks.end(), can_weave)) {
-      std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) {
-        return std::less<>()(a.source, b.source);
-      });
-    }
-    for (std::size_t i = 0; i < blocks.size();) {
-      std::size_t end = i + 1;
-      while (end < blocks.size() && can_weave(blocks[i]) &&
-             continues(blocks[i], blocks[end - 1], blocks[end])) {
-        ++end;
-      }
-      add(std::span(blocks).subspan(i, end - i), 0, limit);
-      i = end;
-    }
-  }
-
-  const std::vector<Part>& parts() const { return parts_; }
-
-  void run(const Part& part, bool may_stream, const RowSet& rows) const {
-    if (part.count == 1) return run_alone(blocks_[part.first], may_stream, rows);
-    run_woven(std::span(blocks_).subspan(part.first, part.count), may_stream, rows);
-  }
-
- private:
-  // Cuts blocks that run together along their outermost axes.
-  void add(std::span<const Block> together, std::size_t axis, std::int64_t limit) {
-    std::int64_t bytes = 0;
-    for (const Block& block : together) bytes += bytes_of(block);
-    const bool is_woven = together.size() > 1;
-    if (bytes <= limit || axis == (is_woven ? 1 : together.front().dims)) {
-      parts_.push_back({blocks_.size(), together.size(), bytes});
-      blocks_.insert(blocks_.end(), together.begin(), together.end());
-      return;
-    }
-    const std::int64_t extent = together.front().axes[axis].extent;
-    const std::int64_t pieces = std::min(extent, (bytes + limit - 1) / limit);
-    std::vector<Block> cut(together.begin(), together.end());
-    for (std::int64_t i = 0; i < pieces; ++i) {
-      const std::int64_t begin = extent * i / pieces;
-      const std::int64_t end = extent * (i + 1) / pieces;
-      for (std::size_t b = 0; b < cut.size(); ++b) {
-        cut[b] = together[b];
-        cut[b].axes[axis].extent = end - begin;
-        cut[b].source += begin * cut[b].axes[axis].source_stride;
-        cut[b].destination += begin * cut[b].axes[axis].destination_stride;
-      }
-      add(cut, axis + 1, limit);
-    }
-  }
-
-  std::vector<Block> blocks_;
-  std::vector<Part> parts_;
-};
-
 // Small enough that the threads finish together, large enough that taking one costs nothing.
 constexpr std::int64_t kSmallestShare = std::int64_t{256} << 10;
 constexpr std::int64_t kLargestShare = std::int64_t{8} << 20;
@@ -256,41 +190,91 @@ constexpr std::int64_t kLargestShare = std::int64_t{8} << 20;
 // Executions that write more than this cannot leave their result in the caches anyway.
 constexpr std::int64_t kStreamFrom = std::int64_t{32} << 20;
 
+// Blocks that run together, in turn at the end of the list: blocks[i] and those after it.
+std::size_t end_of_turns(const std::vector<Block>& blocks, std::size_t i) {
+  std::size_t end = i + 1;
+  if (!can_weave(blocks[i])) return end;
+  while (end < blocks.size() && continues(blocks[i], blocks[end - 1], blocks[end])) ++end;
+  return end;
+}
+
 }  // namespace
 
-void execute_native(std::span<const Block> blocks, std::span<const Blank> blanks,
-                    std::size_t threads, const RowSet& rows) {
-  if (threads == 0) threads = hardware_threads();
-  std::vector<Block> collapsed(blocks.begin(), blocks.end());
+Work::Work(std::vector<Block> blocks, std::vector<Blank> blanks, std::size_t threads)
+    : blocks_(std::move(blocks)),
+      blanks_(std::move(blanks)),
+      threads_(threads == 0 ? hardware_threads() : threads) {
   std::int64_t total = 0;
-  for (Block& block : collapsed) {
+  for (Block& block : blocks_) {
     collapse(block);
     total += bytes_of(block);
   }
+  may_stream_ = total >= kStreamFrom;
+  if (std::any_of(blocks_.begin(), blocks_.end(), can_weave)) {
+    std::stable_sort(blocks_.begin(), blocks_.end(), [](const Block& a, const Block& b) {
+      return std::less<>()(a.source, b.source);
+    });
+  }
   const std::int64_t share =
-      std::clamp(total / static_cast<std::int64_t>(4 * threads), kSmallestShare, kLargestShare);
-  const Work work(std::move(collapsed), share);
+      std::clamp(total / static_cast<std::int64_t>(4 * threads_), kSmallestShare, kLargestShare);
+  const std::size_t count = blocks_.size();  // add() appends the pieces of blocks that it cuts
+  for (std::size_t i = 0; i < count;) {
+    const std::size_t end = std::min(count, end_of_turns(blocks_, i));
+    add(i, end - i, 0, share);
+    i = end;
+  }
 
   // Consecutive small parts are handed out together.
-  const std::vector<Part>& parts = work.parts();
-  std::vector<std::size_t> batches = {0};
   std::int64_t filled = 0;
-  for (std::size_t i = 0; i < parts.size(); ++i) {
-    if (filled > 0 && filled + parts[i].bytes > share) {
-      batches.push_back(i);
+  for (std::size_t i = 0; i < parts_.size(); ++i) {
+    if (filled > 0 && filled + parts_[i].bytes > share) {
+      batches_.push_back(i);
       filled = 0;
     }
-    filled += parts[i].bytes;
+    filled += parts_[i].bytes;
   }
-  batches.push_back(parts.size());
-  parallel_for(batches.size() - 1, threads, [&](std::size_t batch) {
-    for (std::size_t i = batches[batch]; i < batches[batch + 1]; ++i) {
-      work.run(parts[i], total >= kStreamFrom, rows);
+  batches_.push_back(parts_.size());
+}
+
+// Cuts the blocks, which run together, along their outermost axes into parts of at most about
+// `limit` bytes.
+void Work::add(std::size_t first, std::size_t count, std::size_t axis, std::int64_t limit) {
+  std::int64_t bytes = 0;
+  for (std::size_t b = 0; b < count; ++b) bytes += bytes_of(blocks_[first + b]);
+  const std::size_t axes = count > 1 ? 1 : blocks_[first].dims;  // woven rows stay whole
+  if (bytes <= limit || axis == axes) {
+    parts_.push_back({first, count, bytes});
+    return;
+  }
+  const std::int64_t extent = blocks_[first].axes[axis].extent;
+  const std::int64_t pieces = std::min(extent, (bytes + limit - 1) / limit);
+  for (std::int64_t i = 0; i < pieces; ++i) {
+    const std::int64_t begin = extent * i / pieces;
+    const std::int64_t end = extent * (i + 1) / pieces;
+    const std::size_t cut = blocks_.size();
+    for (std::size_t b = 0; b < count; ++b) {
+      Block piece = blocks_[first + b];
+      piece.axes[axis].extent = end - begin;
+      piece.source += begin * piece.axes[axis].source_stride;
+      piece.destination += begin * piece.axes[axis].destination_stride;
+      blocks_.push_back(piece);
     }
+    add(cut, count, axis + 1, limit);
+  }
+}
+
+void Work::run_part(const Part& part, const RowSet& rows) const {
+  if (part.count == 1) return run_alone(blocks_[part.first], may_stream_, rows);
+  run_woven(std::span(blocks_).subspan(part.first, part.count), may_stream_, rows);
+}
+
+void Work::run(const RowSet& rows) const {
+  parallel_for(batches_.size() - 1, threads_, [&](std::size_t batch) {
+    for (std::size_t i = batches_[batch]; i < batches_[batch + 1]; ++i) run_part(parts_[i], rows);
     finish_streaming();
   });
-  parallel_for(blanks.size(), threads, [&](std::size_t i) {
-    std::memset(blanks[i].destination, 0, static_cast<std::size_t>(blanks[i].nbytes));
+  parallel_for(blanks_.size(), threads_, [&](std::size_t i) {
+    std::memset(blanks_[i].destination, 0, static_cast<std::size_t>(blanks_[i].nbytes));
   });
 }
 

@@ -184,6 +184,16 @@ class Plan:
         threads: int = 0,
         implementation: str | None = None,
     ) -> None: ...
+    def bind(
+        self,
+        sources: Mapping[tuple[int, str], _Memory],
+        destinations: Mapping[tuple[int, str], _Memory],
+        threads: int = 0,
+        implementation: str | None = None,
+    ) -> Execution: ...
+
+class Execution:
+    def run(self) -> None: ...
 
 def itemsize(dtype: str) -> int: ...
 def plan(source: Layout, destination: Layout) -> Plan: ...

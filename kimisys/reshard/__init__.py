@@ -2,12 +2,13 @@
 
 A ``Layout`` says where each rank stores which region of which tensor. ``plan`` joins two layouts
 into strided copies and proves that every destination byte is written exactly once. ``Plan.execute``
-runs the copies on memory. Needs numpy alone.
+runs the copies on memory; ``Plan.bind`` checks the memory once, for many runs. Needs numpy alone.
 """
 
 from kimisys._core.reshard import (
     Buffer,
     Copy,
+    Execution,
     Fragment,
     Layout,
     Padding,
@@ -25,6 +26,7 @@ from kimisys._core.reshard import (
 __all__ = [
     "Buffer",
     "Copy",
+    "Execution",
     "Fragment",
     "Layout",
     "Padding",

@@ -1,4 +1,5 @@
 import mmap
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -79,11 +80,14 @@ def test_casts_agree_with_pytorch_on_every_kind_of_number(
     assert np.array_equal(is_nan(written, destination), is_nan(bits, source))
 
 
+@pytest.mark.parametrize("implementation", implementations()[:-1])
 @pytest.mark.parametrize(
     ("source", "destination"),
     [("uint8", "uint8"), ("bfloat16", "bfloat16"), ("int64", "int64"), *NUMBER_CASTS],
 )
-def test_large_plans_are_split_and_streamed_and_still_right(source: str, destination: str) -> None:
+def test_large_plans_are_split_and_streamed_and_still_right(
+    source: str, destination: str, implementation: str
+) -> None:
     shape = (2 * 40 * 2**20 // 4096 // ITEMSIZE[destination], 2048)
     held = sharded("w", source, shape, 1, 2)
     wanted = sharded("w", destination, shape, 0, 2)
@@ -92,10 +96,36 @@ def test_large_plans_are_split_and_streamed_and_still_right(source: str, destina
         (rank, "w"): np.ascontiguousarray(part) for rank, part in enumerate(np.split(bits, 2, 1))
     }
     destinations = allocate(wanted, fill=0xEE)
-    plan(held, wanted).execute(sources, destinations, threads=2)
+    plan(held, wanted).execute(sources, destinations, 2, implementation)
     cast = cast_bits(bits, source, destination)
     for rank, part in enumerate(np.split(cast, 2, 0)):
         assert np.array_equal(destinations[rank, "w"], part.reshape(-1).view(np.uint8))
+
+
+@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize(("source", "destination"), [("bfloat16", "bfloat16"), *NUMBER_CASTS])
+def test_a_matrix_scattered_into_column_shards_is_right(
+    source: str, destination: str, implementation: str
+) -> None:
+    """Uneven shards with rows of 2 to 8 KiB and one held twice: large enough to be streamed."""
+    cuts, rows = [0, 1024, 2050, 4096], 8200
+    held = sharded("w", source, (rows, cuts[-1]), 0, 1)
+    fragments = [
+        Fragment("w", Region((0, left), (rows, right - left)), rank, "w", 0, (size, item))
+        for rank, (left, right) in enumerate([*pairwise(cuts), (0, 1024)])
+        for item in [ITEMSIZE[destination]]
+        for size in [(right - left) * item]
+    ]
+    buffers = [Buffer(f.rank, "w", rows * f.byte_strides[0]) for f in fragments]
+    wanted = Layout([Tensor("w", destination, (rows, cuts[-1]))], buffers, fragments)
+    bits = random_bits(list(held.tensors), 3)["w"]
+    destinations = allocate(wanted, fill=0xEE)
+    plan(held, wanted).execute({(0, "w"): bits}, destinations, 2, implementation)
+    cast = cast_bits(bits, source, destination)
+    for fragment in fragments:
+        left, width = fragment.region.offset[1], fragment.region.extent[1]
+        part = np.ascontiguousarray(cast[:, left : left + width])
+        assert np.array_equal(destinations[fragment.rank, "w"], part.reshape(-1).view(np.uint8))
 
 
 ROWS = sharded("w", "int8", (8, 8), 0, 2)
@@ -141,6 +171,42 @@ def test_memory_of_the_wrong_kind_is_refused_before_anything_is_written() -> Non
     refused({**sources, (1, "w"): tensor}, destinations, "Tensor", "numpy()")
     refused({**sources, (1, "w"): None}, destinations, "NoneType")
     assert np.all(destinations[0, "w"] == 0xEE)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_a_bound_plan_runs_again_on_what_its_memory_holds_then(implementation: str) -> None:
+    sources, destinations = memory()
+    execution = PLAN.bind(sources, destinations, implementation=implementation)
+    assert all(np.all(each == 0xEE) for each in destinations.values())
+    for value in (3, 4):
+        for each in sources.values():
+            each[:] = value
+        execution.run()
+        assert all(np.all(each == value) for each in destinations.values())
+
+
+def test_a_bound_plan_keeps_its_memory() -> None:
+    sources, destinations = memory()
+    growing = bytearray(32)
+    execution = PLAN.bind(sources, {**destinations, (1, "w"): growing})
+    held = sources[0, "w"]
+    del sources[0, "w"]
+    with pytest.raises(BufferError):
+        growing.extend(b"more")
+    execution.run()
+    assert bytes(destinations[0, "w"].reshape(8, 4)[:4]) == held.reshape(4, 8)[:, :4].tobytes()
+    del execution
+    growing.extend(b"more")
+
+
+def test_binding_refuses_what_executing_refuses() -> None:
+    sources, destinations = memory()
+    with pytest.raises(BufferMismatchError, match="missing"):
+        PLAN.bind({}, destinations)
+    with pytest.raises(BufferMismatchError, match="overlaps"):
+        PLAN.bind(sources, {key: sources[0, "w"] for key in destinations})
+    with pytest.raises(LayoutError, match="threads is -1"):
+        PLAN.bind(sources, destinations, threads=-1)
 
 
 def test_memory_that_would_be_read_and_written_is_refused() -> None:

@@ -19,7 +19,8 @@ namespace {
 using reshard::Dims;
 using reshard::Fragment;
 using reshard::Layout;
-using reshard::MemoryMap;
+using reshard::Memories;
+using reshard::Memory;
 using reshard::Region;
 using reshard::Tensor;
 using test::expect_error;
@@ -33,8 +34,8 @@ Bytes random_bytes(std::size_t count, std::uint64_t seed) {
   return bytes;
 }
 
-MemoryMap memory_of(Bytes& bytes, std::int64_t rank = 0) {
-  return {{{rank, "m"}, {bytes.data(), static_cast<std::int64_t>(bytes.size()), true}}};
+Memories memory_of(Bytes& bytes) {
+  return {Memory{bytes.data(), static_cast<std::int64_t>(bytes.size()), true}};
 }
 
 // One whole tensor, dense in one buffer.

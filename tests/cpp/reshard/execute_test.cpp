@@ -96,7 +96,7 @@ TEST_CASE("random layouts: each implementation writes exactly what the definitio
     for (const std::string& name : implementations()) {
       for (const std::size_t threads : {1, 3}) {
         Store written(destination);
-        execute(plan, sources.map(), written.map(), {threads, name});
+        execute(plan, sources.memories(), written.memories(), {threads, name});
         CAPTURE(name);
         CHECK(written == expected);
       }
@@ -104,7 +104,7 @@ TEST_CASE("random layouts: each implementation writes exactly what the definitio
     for (const std::int64_t rank : destination.ranks()) {
       const Plan part = plan.of_rank(rank);
       Store written(part.destination());
-      execute(part, sources.map(), written.map());
+      execute(part, sources.memories(), written.memories());
       CHECK(written == filled(part.destination()));
     }
   }
@@ -123,7 +123,7 @@ TEST_CASE("large copies are split among threads and transposed in squares") {
     Store sources = filled(source);
     for (const std::string& name : implementations()) {
       Store written(destination);
-      execute(plan, sources.map(), written.map(), {4, name});
+      execute(plan, sources.memories(), written.memories(), {4, name});
       CHECK(written == filled(destination));
     }
   }
@@ -137,40 +137,45 @@ TEST_CASE("nothing is written unless everything is in place") {
   Store to(destination);
   const Store untouched(destination);
   SUBCASE("a source is missing") {
-    from.map().erase({1, "w"});
-    bad({"source buffer 'w' of rank 1", "missing"}, [&] { execute(plan, from.map(), to.map()); });
+    from.memory(1, "w").reset();
+    bad({"source buffer 'w' of rank 1", "missing"},
+        [&] { execute(plan, from.memories(), to.memories()); });
   }
   SUBCASE("a destination is missing") {
-    to.map().erase({1, "w"});
-    bad({"destination buffer 'w' of rank 1"}, [&] { execute(plan, from.map(), to.map()); });
+    to.memory(1, "w").reset();
+    bad({"destination buffer 'w' of rank 1"},
+        [&] { execute(plan, from.memories(), to.memories()); });
   }
   SUBCASE("a source is short") {
-    from.map()[{1, "w"}].nbytes = 31;
-    bad({"source buffer 'w' of rank 1", "31", "32"}, [&] { execute(plan, from.map(), to.map()); });
+    from.memory(1, "w")->nbytes = 31;
+    bad({"source buffer 'w' of rank 1", "31", "32"},
+        [&] { execute(plan, from.memories(), to.memories()); });
   }
   SUBCASE("a destination is long") {
-    to.map()[{1, "w"}].nbytes = 33;
-    bad({"destination buffer 'w' of rank 1", "33"}, [&] { execute(plan, from.map(), to.map()); });
+    to.memory(1, "w")->nbytes = 33;
+    bad({"destination buffer 'w' of rank 1", "33"},
+        [&] { execute(plan, from.memories(), to.memories()); });
   }
   SUBCASE("a destination is read-only") {
-    to.map()[{1, "w"}].writable = false;
-    bad({"'w' of rank 1", "read-only"}, [&] { execute(plan, from.map(), to.map()); });
+    to.memory(1, "w")->writable = false;
+    bad({"'w' of rank 1", "read-only"}, [&] { execute(plan, from.memories(), to.memories()); });
   }
   SUBCASE("a destination lies in a source") {
-    auto& inside = to.map()[{1, "w"}];
-    inside.data = from.map()[{0, "w"}].data;
-    bad({"overlaps", "rank 0", "rank 1"}, [&] { execute(plan, from.map(), to.map()); });
+    auto& inside = to.memory(1, "w");
+    inside->data = from.memory(0, "w")->data;
+    bad({"overlaps", "rank 0", "rank 1"}, [&] { execute(plan, from.memories(), to.memories()); });
   }
   SUBCASE("two destinations share memory") {
-    to.map()[{1, "w"}].data = to.map()[{0, "w"}].data;
-    bad({"overlaps", "rank 0", "rank 1"}, [&] { execute(plan, from.map(), to.map()); });
+    to.memory(1, "w")->data = to.memory(0, "w")->data;
+    bad({"overlaps", "rank 0", "rank 1"}, [&] { execute(plan, from.memories(), to.memories()); });
   }
   SUBCASE("the implementation is unknown") {
-    kimisys::test::expect_error(ErrorCode::kLayout, {"'fast'", "generic, naive"},
-                                [&] { execute(plan, from.map(), to.map(), {0, "fast"}); });
+    kimisys::test::expect_error(ErrorCode::kLayout, {"'fast'", "generic, naive"}, [&] {
+      execute(plan, from.memories(), to.memories(), {0, "fast"});
+    });
     setenv("KIMISYS_RESHARD_IMPLEMENTATION", "faster", 1);
     kimisys::test::expect_error(ErrorCode::kLayout, {"'faster'"},
-                                [&] { execute(plan, from.map(), to.map()); });
+                                [&] { execute(plan, from.memories(), to.memories()); });
     unsetenv("KIMISYS_RESHARD_IMPLEMENTATION");
   }
   CHECK(to == untouched);
@@ -182,11 +187,10 @@ TEST_CASE("overlap is found behind a small source that lies inside a large one")
   const Layout destination = sharded("w", DType::kInt8, {40}, 0, 1);
   const Plan plan = make_plan(share(source), share(destination));
   std::vector<std::byte> memory(80);
-  const MemoryMap from = {{{0, "x"}, {memory.data(), 30, false}},
-                          {{1, "x"}, {memory.data() + 5, 10, false}}};
+  const Memories from = {Memory{memory.data(), 30, false}, Memory{memory.data() + 5, 10, false}};
   bad({"destination buffer 'w' of rank 0", "source buffer 'x' of rank 0"},
-      [&] { execute(plan, from, {{{0, "w"}, {memory.data() + 20, 40, true}}}); });
-  CHECK_NOTHROW(execute(plan, from, {{{0, "w"}, {memory.data() + 30, 40, true}}}));
+      [&] { execute(plan, from, {Memory{memory.data() + 20, 40, true}}); });
+  CHECK_NOTHROW(execute(plan, from, {Memory{memory.data() + 30, 40, true}}));
 }
 
 TEST_CASE("sources may share memory, and unread sources may be absent") {
@@ -198,10 +202,10 @@ TEST_CASE("sources may share memory, and unread sources may be absent") {
                            {}, {{0, 0}, {1, 1}});
   const Plan plan = make_plan(share(source), share(destination));
   Store from = filled(source);
-  from.map()[{1, "x"}] = from.map()[{0, "x"}];
-  from.map().erase({2, "unread"});
+  from.memory(1, "x") = from.memory(0, "x");
+  from.memory(2, "unread").reset();
   Store to(destination);
-  execute(plan, from.map(), to.map());
+  execute(plan, from.memories(), to.memories());
   CHECK(to == filled(destination));
 }
 

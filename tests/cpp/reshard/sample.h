@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
@@ -55,18 +56,23 @@ class Store {
     for (const Buffer& buffer : layout.buffers()) {
       auto& bytes = bytes_[{buffer.rank, buffer.name}];
       bytes.assign(static_cast<std::size_t>(buffer.nbytes), fill);
-      map_[{buffer.rank, buffer.name}] = {bytes.data(), buffer.nbytes, true};
+      memories_.emplace_back(Memory{bytes.data(), buffer.nbytes, true});
     }
   }
   std::vector<std::byte>& at(std::int64_t rank, const std::string& name) {
     return bytes_.at({rank, name});
   }
-  MemoryMap& map() { return map_; }
+  // In the order of layout.buffers(), which is that of bytes_.
+  const Memories& memories() const { return memories_; }
+  std::optional<Memory>& memory(std::int64_t rank, const std::string& name) {
+    const auto at = std::distance(bytes_.begin(), bytes_.find({rank, name}));
+    return memories_.at(static_cast<std::size_t>(at));
+  }
   bool operator==(const Store& other) const { return bytes_ == other.bytes_; }
 
  private:
   std::map<std::pair<std::int64_t, std::string>, std::vector<std::byte>> bytes_;
-  MemoryMap map_;
+  Memories memories_;
 };
 
 class Random {
