@@ -7,7 +7,7 @@ the carry of the column before; the answer follows the marker:
 
 Demonstrations (for SFT) are those of a pupil with two habits. He is careless: he forgets a carry
 more often than not and goes on consistently, `3+7=10,8+6=14,5+7=12#1240`. And he is hesitant: he
-writes many a column twice, `3+7=10,3+7=10,8+6=14+1=15,5+7=12+1=13#1350`, which is right, but longer
+writes many a column twice, `3+7=10=3+7=10,8+6=14+1=15,5+7=12+1=13#1350`, which is right, but longer
 than need be. Imitation copies both habits. RL sees no demonstration, only whether the final answer
 is right and, with the length reward, how long it took; it has to unlearn the first habit for the
 one and the second for the other: that is what the reference run shows.
@@ -154,7 +154,7 @@ def write_out(
             total += 1
             column += f"+1={total}"
         twice = source is not None and source.random() < repeated
-        columns += [column, column] if twice else [column]
+        columns.append(f"{column}={column}" if twice else column)  # one comma a place
         last = place == len(digits) - 1
         answer = (str(total) if last else str(total % 10)) + answer
         carry = total // 10

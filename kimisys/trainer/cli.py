@@ -113,8 +113,13 @@ def _run(config: RunConfig, saved: RunConfig | None, console: Console, started: 
     out = make_folder(config)
     console.print(f"writing to {out}", highlight=False, soft_wrap=True)
     steps = config.steps if isinstance(config, TrainConfig) else 0
-    with Display(console, steps) as display:
-        summary = Master(config, out, model, task, display, started).run()
+    try:
+        with Display(console, steps) as display:
+            summary = Master(config, out, model, task, display, started).run()
+    except (KimisysError, KeyboardInterrupt) as error:
+        command = "train" if isinstance(config, TrainConfig) else "sft"
+        error.add_note(f"to go on from the last checkpoint: kimisys {command} --resume {out}")
+        raise
     print_summary(console, summary)
     console.print(
         f"report: {out / 'report.html'}   weights: {out / 'model'}", highlight=False, soft_wrap=True
@@ -144,10 +149,17 @@ def _told(console: Console) -> Iterator[None]:
     except KimisysError as error:
         name = type(error).__name__
         errors.print(Text(name, "bold red"), Text(f": {error}"), sep="", soft_wrap=True)
+        _print_notes(errors, error)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         errors.print("interrupted: every process of the run has ended", highlight=False)
+        _print_notes(errors, interrupt)
         sys.exit(130)
+
+
+def _print_notes(errors: Console, error: BaseException) -> None:
+    for note in getattr(error, "__notes__", []):
+        errors.print(Text(note), soft_wrap=True)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

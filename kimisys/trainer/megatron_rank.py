@@ -14,11 +14,12 @@ import torch
 from kimisys.adapters.megatron import runtime
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_model
+from kimisys.adapters.megatron.optimizer_state import optimizer_layout
 from kimisys.adapters.megatron.policy import LossShare, Policy
 from kimisys.adapters.ray import Actor
 from kimisys.broadcast import Publisher, snapshot_layout
 from kimisys.reshard import Layout, plan
-from kimisys.reshard.safetensors import open_checkpoint
+from kimisys.reshard.safetensors import open_checkpoint, open_for_writing
 from kimisys.rl.policy_loss import group_advantages, policy_loss, sample_weights
 from kimisys.trainer.batch import Batch
 
@@ -98,6 +99,34 @@ class MegatronRank(Actor):
         """Fill the parameters from a checkpoint folder."""
         checkpoint = open_checkpoint(folder)
         plan(checkpoint.layout, self.layout).execute(checkpoint.buffers, self.buffers)
+
+    def describe(self) -> str:
+        """The layout of this rank's weights, as JSON."""
+        return self.layout.to_json()
+
+    def optimizer_steps(self) -> int:
+        """Steps since the optimizer's state was zero."""
+        return self.policy.optimizer_steps
+
+    def fill_weights(self, layout: str, file: str) -> None:
+        """Write this rank's share of a file of weights. layout: of all ranks' weights."""
+        self._fill(Layout.from_json(layout), file, self.buffers)
+
+    def fill_moments(self, layout: str, file: str) -> None:
+        """Write this rank's share of a file of the optimizer's moments. layout: as above."""
+        moments = self.policy.optimizer_buffers(self.rank)
+        self._fill(optimizer_layout(Layout.from_json(layout)), file, moments)
+
+    def _fill(self, layout: Layout, file: str, buffers: Mapping[tuple[int, str], Any]) -> None:
+        with open_for_writing(file) as made:
+            plan(layout, made.layout).of_source(self.rank).execute(buffers, made.buffers)
+
+    def load_optimizer(self, folder: str, steps: int) -> None:
+        """Fill the optimizer's state, `steps` old, from a folder of moments."""
+        checkpoint = open_checkpoint(folder)
+        moments = self.policy.optimizer_buffers(self.rank)
+        plan(checkpoint.layout, optimizer_layout(self.layout)).execute(checkpoint.buffers, moments)
+        self.policy.optimizer_steps = steps
 
     def snapshot(self, wire_dtype: str) -> str:
         """The layout of this rank's snapshot in the wire dtype, as JSON."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,6 @@ class Ranks:
             create_checkpoint(folder, peers.layout.tensors, files) as checkpoint,
         ):
             Subscriber(peers, checkpoint.layout, rank=0).pull(version, checkpoint.buffers)
-
-    def layouts(self) -> Sequence[str]:
-        """Every rank's layout of weights and optimizer state, as JSON."""
-        return self.call("describe")
 
 
 def _free_port() -> int:

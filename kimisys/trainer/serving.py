@@ -9,7 +9,7 @@ from pathlib import Path
 from kimisys.broadcast import Publisher, snapshot_layout
 from kimisys.errors import CheckpointError
 from kimisys.reshard.safetensors import open_checkpoint
-from kimisys.trainer.checkpoint import Checkpoints
+from kimisys.trainer.checkpoint import last_checkpoint
 from kimisys.trainer.config import Dtype
 from kimisys.trainer.engines import Engines
 from kimisys.trainer.model_folder import ModelFolder
@@ -21,9 +21,9 @@ VERSION = 1
 def find_weights(path: Path) -> Path:
     """The Hugging Face folder that `path` means: itself, or of a run its final weights, its last
     checkpoint, or what it started from. Raises CheckpointError."""
-    last = Checkpoints(path / "checkpoints").last()
+    last = last_checkpoint(path / "checkpoints")
     for folder in (path, path / "model", *([last] if last else []), path / "initial"):
-        if (folder / "model.safetensors").exists() or any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.safetensors")):
             return folder
     raise CheckpointError(
         f"{path} is neither a Hugging Face folder (config.json, tokenizer, *.safetensors) nor a "

@@ -1,7 +1,6 @@
 """The task: right scratchpads, documented habits, a held-out set that no training can touch."""
 
 import re
-from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -133,26 +132,16 @@ def test_demonstrations_forget_carries_and_nothing_else() -> None:
 
 
 def test_demonstrations_write_columns_twice_and_nothing_else() -> None:
-    """Without repetitions each demonstration is the scratchpad; each column is there once or twice.
-
-    Left out are problems whose neighbouring columns read alike: there the two cannot be told apart.
-    """
-    columns = repetitions = compared = 0
+    """Without repetitions each demonstration is the scratchpad."""
+    columns = repetitions = 0
     for shown in small(forgotten_carries=0.0).demonstrations:
-        first, second = summands(shown)
-        scratchpad, _, answer = write_out(first, second).partition("#")
-        once = scratchpad.split(",")
-        if any(column == following for column, following in pairwise(once)):
-            continue
-        compared += 1
+        once, _, answer = write_out(*summands(shown)).partition("#")
         written, _, given_answer = shown.completion.partition("#")
-        runs = [(column, len([*same])) for column, same in groupby(written.split(","))]
-        assert [column for column, _ in runs] == once
-        assert {times for _, times in runs} <= {1, 2}
         assert given_answer == answer
-        columns += len(runs)
-        repetitions += sum(times - 1 for _, times in runs)
-    assert compared > 1900
+        for column, found in zip(once.split(","), written.split(","), strict=True):
+            assert found in (column, f"{column}={column}")
+            columns += 1
+            repetitions += found != column
     assert repetitions / columns == pytest.approx(ArithmeticConfig().repeated_columns, abs=0.03)
 
 
@@ -170,7 +159,9 @@ def test_both_habits_are_in_the_demonstrations() -> None:
 
 
 def test_the_limit_holds_the_longest_completion_exactly() -> None:
-    assert TASK.max_completion_tokens == len("9+9=18,9+9=18" + 4 * ",9+9=18+1=19" + "#1998<")
+    assert TASK.max_completion_tokens == len(
+        "9+9=18=9+9=18" + 2 * ",9+9=18+1=19=9+9=18+1=19" + "#1998<"
+    )
     hesitant = small(repeated_columns=1.0, forgotten_carries=0.0)
     longest = max(len(shown.completion) for shown in hesitant.demonstrations)
     assert longest <= hesitant.max_completion_tokens - 1

@@ -92,9 +92,7 @@ def test_every_layout_reaches_both_engines(family: str, tied: bool, tmp_path: Pa
     tensors = len(open_checkpoint(folders[0]).layout.tensors)
     with processes(240.0, "") as (actors, sockets):
         sides = [
-            Engines(
-                actors, folders[0], "float32", 64, tensor_parallel=tp, name=f"engine of {tp}"
-            )
+            Engines(actors, folders[0], "float32", 64, tensor_parallel=tp, name=f"engine of {tp}")
             for tp in (1, 2)
         ]
         for engines in sides:
