@@ -2,9 +2,11 @@
 other.
 
 The files are mapped, so a plan reads from (or writes to) the page cache directly, and a rank
-touches only the bytes it owns. Format: https://huggingface.co/docs/safetensors (8-byte
-little-endian header length, JSON header, data). One buffer for each file: the data section, under
-the file's name, at rank 0.
+touches only the bytes it owns. Several processes can fill one new folder: `new_checkpoint` makes
+it, each maps its files with `open_for_writing` and executes its share of a plan, and the folder
+appears under its name when all is on the disk. Format:
+https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
+One buffer for each file: the data section, under the file's name, at rank 0.
 """
 
 from __future__ import annotations
@@ -89,39 +91,52 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 def create_checkpoint(
     folder: Path | str, tensors: Sequence[Tensor], files: Mapping[str, str] | None = None
 ) -> Iterator[Checkpoint]:
-    """A new folder to write into; it appears under its name, whole, when the block ends without an
-    error.
+    """A new folder for this process alone to write into: `new_checkpoint` with one
+    model.safetensors that holds `tensors`, open for writing."""
+    name = "model.safetensors"
+    with (
+        new_checkpoint(folder, {name: tensors}, files) as partial,
+        open_for_writing(partial / name) as checkpoint,
+    ):
+        yield checkpoint
 
-    tensors: what model.safetensors will hold. files: further text files by name (config.json, ...).
-    After an error nothing is left. Raises CheckpointError if `folder` exists already.
+
+@contextmanager
+def new_checkpoint(
+    folder: Path | str,
+    tensors: Mapping[str, Sequence[Tensor]],
+    files: Mapping[str, str] | None = None,
+) -> Iterator[Path]:
+    """A partial folder for any number of processes to fill; it appears as `folder`, whole, when the
+    block ends without an error, and survives a crash from then on.
+
+    tensors: what each safetensors file is to hold, by the file's name; the files lie in the partial
+    folder, header and all, before the block begins. Whoever fills them (with `open_for_writing`)
+    must be done when it ends. files: further text files by name (config.json, ...). After an error
+    nothing is left; after a crash before the end, a hidden folder .NAME.* at most. Raises
+    CheckpointError if `folder` exists already or cannot be written, or would not open again.
     """
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} exists; choose another name or remove it first")
+    _check_names(folder, tensors)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(folder.parent)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made: {error}; choose another place") from error
     try:
-        name = "model.safetensors"
-        header, starts, nbytes = _plan_file(tensors)
-        with open(partial / name, "w+b") as stream:
-            stream.write(header)
-            stream.flush()
-            # the blocks are taken now: a disk that fills up later would be a SIGBUS, not an error
-            os.posix_fallocate(stream.fileno(), 0, len(header) + nbytes)
-            mapped = mmap.mmap(stream.fileno(), 0)
-            data = memoryview(mapped)[len(header) :]
-            fragments = [_whole(t, name, starts[t.name]) for t in tensors]
-            layout = Layout(list(tensors), [Buffer(0, name, nbytes)], fragments)
-            yield Checkpoint(folder, layout, {(0, name): data})
-            mapped.flush()
-            os.fsync(stream.fileno())
-        for other, text in (files or {}).items():
-            (partial / other).write_text(text)
+        for name, held in tensors.items():
+            _write_header(partial / name, held)
+        yield partial
+        for name, text in (files or {}).items():
+            (partial / name).write_text(text)
         os.chmod(partial, 0o755)
+        # first the contents, then their names, then the one name that makes them valid
+        for entry in (*partial.iterdir(), partial):
+            _sync(entry)
         os.rename(partial, folder)
+        _sync(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
@@ -130,26 +145,95 @@ def create_checkpoint(
         raise
 
 
+@contextmanager
+def open_for_writing(file: Path | str) -> Iterator[Checkpoint]:
+    """Map one file of `new_checkpoint`'s partial folder, to write into its tensors. When the block
+    ends without an error, what was written is on the disk.
+
+    Raises CheckpointError when the file is missing or malformed.
+    """
+    file = Path(file)
+    try:
+        with open(file, "r+b") as stream:
+            header, mapped, start = _map(file, stream.fileno(), mmap.ACCESS_WRITE)
+            data = memoryview(mapped)[start:]
+            described = [_tensor(file, name, entry, data.nbytes) for name, entry in header.items()]
+            layout = Layout(
+                [tensor for tensor, _ in described],
+                [Buffer(0, file.name, data.nbytes)],
+                [_whole(tensor, file.name, begin) for tensor, begin in described],
+            )
+            yield Checkpoint(file.parent, layout, {(0, file.name): data})
+            mapped.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be written: {error}") from error
+
+
+def _check_names(folder: Path, tensors: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise CheckpointError for what `open_checkpoint` would overlook or refuse."""
+    origin: dict[str, str] = {}
+    for file, held in tensors.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder} cannot hold {file!r}: name it NAME.safetensors")
+        for tensor in held:
+            if tensor.name in origin:
+                raise CheckpointError(
+                    f"{tensor.name!r} would be in {origin[tensor.name]} and in {file} of {folder}; "
+                    "keep one of them"
+                )
+            origin[tensor.name] = file
+
+
+def _make_folders(folder: Path) -> None:
+    """mkdir -p, such that the new names survive a crash."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync(made.parent)
+
+
+def _write_header(file: Path, tensors: Sequence[Tensor]) -> None:
+    header, nbytes = _plan_file(tensors)
+    with open(file, "wb") as stream:
+        stream.write(header)
+        stream.flush()
+        # the blocks are taken now: a disk that fills up later would be a SIGBUS, not an error
+        os.posix_fallocate(stream.fileno(), 0, len(header) + nbytes)
+
+
+def _sync(path: Path) -> None:
+    """Put a file's contents, or a folder's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _read(file: Path) -> tuple[dict[str, Any], memoryview]:
     with open(file, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(
-                f"{file} is truncated or not a safetensors file: {size} bytes, header of {length}; "
-                "copy it again"
-            )
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{file}: the header is not JSON ({error}); copy it again"
-            ) from error
-        if not isinstance(header, dict):
-            raise CheckpointError(f"{file}: the header is not a JSON object; copy it again")
-        header.pop("__metadata__", None)
-        data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))[8 + length :]
-        return header, data
+        header, mapped, start = _map(file, stream.fileno(), mmap.ACCESS_READ)
+        return header, memoryview(mapped)[start:]
+
+
+def _map(file: Path, descriptor: int, access: int) -> tuple[dict[str, Any], mmap.mmap, int]:
+    """The header without its metadata, the mapped file, and where its data section starts."""
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file: {size} bytes, header of {length}; "
+            "copy it again"
+        )
+    try:
+        header = json.loads(os.pread(descriptor, length, 8))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: the header is not JSON ({error}); copy it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is not a JSON object; copy it again")
+    header.pop("__metadata__", None)
+    return header, mmap.mmap(descriptor, 0, access=access), 8 + length
 
 
 def _tensor(file: Path, name: str, entry: Any, nbytes: int) -> tuple[Tensor, int]:
@@ -187,12 +271,12 @@ def _whole(tensor: Tensor, file: str, start: int) -> Fragment:
     return Fragment(tensor.name, Region([0] * len(shape), shape), 0, file, start, strides)
 
 
-def _plan_file(tensors: Sequence[Tensor]) -> tuple[bytes, dict[str, int], int]:
-    header, starts, end = {}, {}, 0
+def _plan_file(tensors: Sequence[Tensor]) -> tuple[bytes, int]:
+    """The file up to its data section, and the bytes of that."""
+    header, end = {}, 0
     # the widest dtypes first, so that every tensor is aligned to its element
     for tensor in sorted(tensors, key=lambda t: (-itemsize(t.dtype), t.name)):
         nbytes = prod(tensor.shape) * itemsize(tensor.dtype)
-        starts[tensor.name] = end
         header[tensor.name] = {
             "dtype": _CODES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -201,7 +285,7 @@ def _plan_file(tensors: Sequence[Tensor]) -> tuple[bytes, dict[str, int], int]:
         end += nbytes
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-    return len(text).to_bytes(8, "little") + text, starts, end
+    return len(text).to_bytes(8, "little") + text, end
 
 
 def _check_disjoint(

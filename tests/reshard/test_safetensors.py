@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from kimisys.errors import CheckpointError, KimisysError
 from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, plan
-from kimisys.reshard.safetensors import create_checkpoint, open_checkpoint
+from kimisys.reshard.safetensors import (
+    create_checkpoint,
+    new_checkpoint,
+    open_checkpoint,
+    open_for_writing,
+)
 
 
 @pytest.fixture
@@ -177,3 +185,139 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_a_byte_moves(
 def test_no_folder_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no"):
         open_checkpoint(tmp_path)
+
+
+FILES = {
+    "model.safetensors": [Tensor("w", "float32", (6, 8)), Tensor("b", "float32", (8,))],
+    "optimizer.safetensors": [Tensor("exp_avg.w", "float32", (6, 8))],
+}
+
+
+def columns(rank: int) -> tuple[Layout, dict[tuple[int, str], np.ndarray]]:
+    """One of two ranks: half of the columns of each matrix, and all of "b"; values tell the rank
+    of a replica, and the place of an element that only one rank has."""
+    half = slice(4 * rank, 4 * rank + 4)
+    held = {
+        "w": np.arange(48, dtype=np.float32).reshape(6, 8)[:, half].copy(),
+        "exp_avg.w": -np.arange(48, dtype=np.float32).reshape(6, 8)[:, half].copy(),
+        "b": np.arange(8, dtype=np.float32),
+    }
+    tensors = [tensor for file in FILES.values() for tensor in file]
+    fragments = [
+        Fragment(n, Region([0, 4 * rank] if a.ndim == 2 else [0], a.shape), rank, n, 0, a.strides)
+        for n, a in held.items()
+    ]
+    buffers = [Buffer(rank, name, array.nbytes) for name, array in held.items()]
+    return Layout(tensors, buffers, fragments), {(rank, n): a for n, a in held.items()}
+
+
+def fill_share(partial: Path, rank: int) -> None:
+    """What one of two processes does, knowing the partial folder's name and its rank alone."""
+    everyone = Layout.merge([columns(0)[0], columns(1)[0]])
+    for name in FILES:
+        with open_for_writing(partial / name) as file:
+            share = plan(everyone, file.layout).of_source(rank)
+            share.execute(columns(rank)[1], file.buffers, threads=1)
+
+
+def test_processes_fill_one_checkpoint_together(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "step-7"
+    spawn = multiprocessing.get_context("spawn")
+    with new_checkpoint(folder, FILES, {"state.json": "{}"}) as partial:
+        ranks = [spawn.Process(target=fill_share, args=(partial, rank)) for rank in (0, 1)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+            assert process.exitcode == 0
+        assert not folder.exists()
+    matrix = torch.arange(48, dtype=torch.float32).view(6, 8)
+    model = load_file(folder / "model.safetensors")
+    assert torch.equal(model["w"], matrix) and torch.equal(model["b"], torch.arange(8.0))
+    assert torch.equal(load_file(folder / "optimizer.safetensors")["exp_avg.w"], -matrix)
+    assert (folder / "state.json").read_text() == "{}"
+    assert [t.name for t in open_checkpoint(folder).layout.tensors] == ["b", "exp_avg.w", "w"]
+    assert [path.name for path in folder.parent.iterdir()] == ["step-7"]
+
+
+def coordinate_and_die(folder: Path) -> None:
+    with new_checkpoint(folder, FILES, {"state.json": "{}"}) as partial:
+        fill_share(partial, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_coordinator_leaves_no_checkpoint_under_the_name(tmp_path: Path) -> None:
+    folder = tmp_path / "step-7"
+    process = multiprocessing.get_context("spawn").Process(
+        target=coordinate_and_die, args=(folder,)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name[:8] for path in tmp_path.iterdir()] == [".step-7."]
+    with new_checkpoint(folder, FILES) as partial:  # what was left is in nobody's way
+        for rank in (0, 1):
+            fill_share(partial, rank)
+    assert torch.equal(load_file(folder / "model.safetensors")["b"], torch.arange(8.0))
+
+
+def test_all_is_on_the_disk_before_the_name_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order that survives a power cut: contents, then the folder's entries, the new name, and
+    the entries of the folder that holds it."""
+    order: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    real_rename = os.rename
+
+    def rename(old: Path, new: Path) -> None:
+        order.append("renamed")
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    folder = tmp_path / "a" / "b" / "step-7"
+    with new_checkpoint(folder, FILES, {"state.json": "{}"}) as partial:
+        assert order == ["a", tmp_path.name]  # the entries "b" and "a" are new
+        order.clear()
+        with open_for_writing(partial / "model.safetensors"):
+            pass
+        assert order == ["model.safetensors"]
+    assert sorted(order[1:4]) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert order[4:] == [partial.name, "renamed", "b"]
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({"model.bin": []}, "NAME.safetensors"),
+        ({"../model.safetensors": []}, "NAME.safetensors"),
+        (
+            {f"{n}.safetensors": [Tensor("w", "int8", (1,))] for n in "ab"},
+            "'w' would be in a.safetensors and in b",
+        ),
+    ],
+)
+def test_a_checkpoint_that_would_not_open_again_is_not_begun(
+    tmp_path: Path, files: dict[str, list[Tensor]], match: str
+) -> None:
+    with pytest.raises(CheckpointError, match=match), new_checkpoint(tmp_path / "model", files):
+        raise AssertionError("the block began")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_safetensors_file_is_opened_for_writing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"gone\.safetensors cannot be written"),
+        open_for_writing(tmp_path / "gone.safetensors"),
+    ):
+        pass
+    (tmp_path / "short.safetensors").write_bytes(b"abc")
+    with (
+        pytest.raises(CheckpointError, match="truncated"),
+        open_for_writing(tmp_path / "short.safetensors"),
+    ):
+        pass

@@ -26,10 +26,12 @@ from kimisys.reshard import Layout, plan
 FOUR_GROUPS = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 29}
 
 
-def offline_layout(config: dict[str, Any], tensor_parallel: int) -> Layout:
-    layouts = []
-    for rank in range(tensor_parallel):
-        with runtime.offline(tensor_parallel, 1, rank, tensor_parallel):
+def offline_layout(
+    config: dict[str, Any], tensor_parallel: int, pipeline_parallel: int = 1
+) -> Layout:
+    layouts, world = [], tensor_parallel * pipeline_parallel
+    for rank in range(world):
+        with runtime.offline(tensor_parallel, pipeline_parallel, rank, world):
             layouts.append(model_layout(build_model(config, torch.float32, "meta"), config, rank))
     return Layout.merge(layouts)
 
@@ -44,11 +46,12 @@ def config(request: pytest.FixtureRequest, tied: bool) -> dict[str, Any]:
     return tiny_config(request.param, tied=tied, **FOUR_GROUPS)
 
 
+@pytest.mark.parametrize("pipeline_parallel", [1, 2])
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
 def test_layout_holds_every_element_exactly_once(
-    config: dict[str, Any], tensor_parallel: int
+    config: dict[str, Any], tensor_parallel: int, pipeline_parallel: int
 ) -> None:
-    layout = offline_layout(config, tensor_parallel)
+    layout = offline_layout(config, tensor_parallel, pipeline_parallel)
     assert list(layout.tensors) == sorted(
         family_of(config).hf_tensors("float32"), key=lambda t: t.name
     )
@@ -60,17 +63,58 @@ def test_layout_holds_every_element_exactly_once(
     assert all((count == 1).all() for count in held.values())
 
 
+@pytest.mark.parametrize("pipeline_parallel", [1, 2])
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
 def test_every_parameter_byte_is_an_element_or_padding(
-    config: dict[str, Any], tensor_parallel: int
+    config: dict[str, Any], tensor_parallel: int, pipeline_parallel: int
 ) -> None:
     """As a destination the layout must be provable; its padding is that of the vocabulary alone."""
-    layout = offline_layout(config, tensor_parallel)
+    layout = offline_layout(config, tensor_parallel, pipeline_parallel)
     proof = plan(offline_layout(config, 1), layout).proof
     rows = padded_vocab_size(29, tensor_parallel) - 29
-    tables = 1 if config["tie_word_embeddings"] else 2
+    # a tied embedding has a second copy where the first and the last stage are two
+    tables = 1 if config["tie_word_embeddings"] and pipeline_parallel == 1 else 2
     assert proof.padding_bytes == rows * config["hidden_size"] * 4 * tables
     assert proof.destination_bytes == sum(buffer.nbytes for buffer in layout.buffers)
+
+
+@pytest.mark.parametrize("pipeline_parallel", [1, 2])
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4])
+def test_weights_survive_the_way_through_the_ranks_to_the_bit(
+    config: dict[str, Any], tensor_parallel: int, pipeline_parallel: int
+) -> None:
+    """Hugging Face → ranks → Hugging Face, and both copies of a tied embedding are equal."""
+    random, world = np.random.default_rng(2), tensor_parallel * pipeline_parallel
+    arrays = {
+        t.name: random.standard_normal(tuple(t.shape), np.float32)
+        for t in Qwen3.from_config(config).hf_tensors("float32")
+    }
+    layouts, buffers = [], {}
+    for rank in range(world):
+        with runtime.offline(tensor_parallel, pipeline_parallel, rank, world):
+            model = build_model(config, torch.float32)
+            layouts.append(model_layout(model, config, rank))
+            buffers |= model_buffers(model, rank)
+    merged = Layout.merge(layouts)
+    plan(memory_layout(arrays), merged).execute(memory_buffers(arrays), buffers)
+    returned = {name: np.zeros_like(array) for name, array in arrays.items()}
+    plan(merged, memory_layout(returned)).execute(buffers, memory_buffers(returned))
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(returned[name], array, err_msg=name)
+    for rank in range(tensor_parallel):
+        if config["tie_word_embeddings"] and pipeline_parallel > 1:
+            last = world - tensor_parallel + rank
+            first = buffers[rank, "embedding.word_embeddings.weight"]
+            np.testing.assert_array_equal(buffers[last, "output_layer.weight"], first)
+
+
+def test_a_stage_holds_its_own_layers() -> None:
+    layout = offline_layout({**TINY, "num_hidden_layers": 4}, 1, 2)
+    for rank, layers in ((0, {"0", "1"}), (1, {"2", "3"})):
+        names = [f.tensor for f in layout.fragments if f.rank == rank]
+        assert {name.split(".")[2] for name in names if "layers" in name} == layers
+    ends = {f.tensor: f.rank for f in layout.fragments if "layers" not in f.tensor}
+    assert ends == {"model.embed_tokens.weight": 0, "model.norm.weight": 1, "lm_head.weight": 1}
 
 
 def test_a_rank_may_hold_nothing_but_padding() -> None:
@@ -148,7 +192,7 @@ def test_bfloat16_parameters_are_bytes_too() -> None:
             {},
             2,
             3,
-            r"world_size 3 is not divisible by tensor_parallel 2 .*\[\(1, 1\), \(1, 3\), \(3",
+            r"world_size 3 is not .* tensor_parallel 2 .*of \[\(1, 1\), \(1, 3\), \(3, 1\)\]",
         ),
         ({}, 0, 1, "must all be at least 1"),
         ({}, 4, 4, r"does not divide num_key_value_heads 2 .*one of \[1, 2\]"),
@@ -172,6 +216,27 @@ def test_impossible_layouts_are_refused_with_what_is_legal(
     with pytest.raises(LayoutError, match=message):
         runtime.initialize(tensor_parallel, 1, 0, world, "127.0.0.1", free_port(), 0, 5.0, config)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("pipeline_parallel", "world", "message"),
+    [
+        (3, 3, r"pipeline_parallel 3 does not divide num_hidden_layers 4.*one of \[1, 2, 4\]"),
+        (2, 3, r"world_size 3 is not divisible by tensor_parallel 1 times pipeline_parallel 2"),
+        (0, 1, "must all be at least 1"),
+    ],
+)
+def test_impossible_pipelines_are_refused_with_what_is_legal(
+    pipeline_parallel: int, world: int, message: str
+) -> None:
+    config = {**TINY, "num_hidden_layers": 4}
+    with pytest.raises(LayoutError, match=message):
+        check_layout(config, 1, pipeline_parallel, world)
+    with pytest.raises(LayoutError, match=message):
+        runtime.initialize(1, pipeline_parallel, 0, world, "127.0.0.1", free_port(), 0, 5.0, config)
+    if pipeline_parallel == 3:  # the world is possible, the model is not
+        with runtime.offline(1, 3, 0, 3), pytest.raises(LayoutError, match=message):
+            build_model(config, torch.float32, "meta")
 
 
 def test_a_configuration_with_a_hole_is_refused() -> None:
