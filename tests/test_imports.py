@@ -30,7 +30,7 @@ ALLOWED = {
     "kimisys.adapters.ray": {"ray", "kimisys.errors"},
     "kimisys.adapters": set(),
     "kimisys.trainer": {
-        "numpy", "torch", "rich", "tyro", "matplotlib", "jinja2", "msgspec", "kimisys.errors",
+        "numpy", "torch", "rich", "tyro", "matplotlib", "tokenizers", "transformers", "jinja2", "msgspec", "kimisys.errors",
         "kimisys.reshard", "kimisys.broadcast", "kimisys.rl", "kimisys.rewards", "kimisys.adapters",
     },
 }  # fmt: skip

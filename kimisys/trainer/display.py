@@ -104,7 +104,8 @@ def _add_reinforcement(table: Table, summary: Summary) -> None:
         ),
     ):
         known = [format(value, form) for value in (before, after) if value is not None]
-        table.add_row(name, " → ".join(known))
+        if known:
+            table.add_row(name, " → ".join(known))
     table.add_row(
         "weight syncs",
         f"{summary.syncs}, median {summary.sync_seconds_median * 1e3:.0f} ms, "

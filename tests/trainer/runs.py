@@ -83,6 +83,13 @@ def folders_left_behind(pid: int) -> list[Path]:
     ]
 
 
-def shared_memory() -> set[str]:
-    """The names in /dev/shm."""
-    return set(os.listdir("/dev/shm"))
+def shared_memory() -> set[Path]:
+    """The files below /dev/shm that processes of a test's run have mapped and that have a name."""
+    found = set()
+    for pid in left_behind():
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        except OSError:
+            continue
+        found |= {Path(line.split(maxsplit=5)[-1]) for line in lines if " /dev/shm/" in line}
+    return {path for path in found if path.exists()}
