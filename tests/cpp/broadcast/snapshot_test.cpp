@@ -191,7 +191,7 @@ TEST_CASE("readers beside a busy writer accept whole versions only") {
   std::thread one([&] { read_until(done, writer, same_map); });
   std::thread two([&] { read_until(done, mapped, other_map); });
   auto* words = reinterpret_cast<std::uint64_t*>(writer.data().data());
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(240);
   std::uint64_t version = 0;
   while ((version < 1000 || same_map.accepted < kWanted || other_map.accepted < kWanted) &&
          std::chrono::steady_clock::now() < deadline) {
