@@ -30,8 +30,9 @@ ALLOWED = {
     "kimisys.adapters.ray": {"ray", "kimisys.errors"},
     "kimisys.adapters": set(),
     "kimisys.trainer": {
-        "numpy", "torch", "rich", "tyro", "matplotlib", "tokenizers", "transformers", "jinja2", "msgspec", "kimisys.errors",
-        "kimisys.reshard", "kimisys.broadcast", "kimisys.rl", "kimisys.rewards", "kimisys.adapters",
+        "numpy", "torch", "rich", "tyro", "matplotlib", "tokenizers", "transformers", "jinja2",
+        "msgspec", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast", "kimisys.rl",
+        "kimisys.rewards", "kimisys.adapters",
     },
 }  # fmt: skip
 

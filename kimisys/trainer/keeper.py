@@ -2,13 +2,15 @@
 
 However the master ends, by kill -9 too, the keeper sees its end of a pipe close. It then ends every
 process that carries the run's mark in its environment (Ray's, the actors, vLLM's workers), and
-removes the run's temporary folders and the shared-memory files that those processes had mapped.
+removes the run's temporary folders and the shared-memory files that those processes had mapped:
+vLLM 0.32's workers leave theirs behind even when they end in order.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ MARK = "KIMISYS_RUN"
 """The environment variable that all processes of a run share."""
 
 _PATIENCE = 10.0  # seconds, for processes that were killed to be gone
+_LOOK_SECONDS = 2.0  # between two looks at what is mapped; a look costs about 5 ms
 _DONE = b"done"
 
 
@@ -55,21 +58,28 @@ def main() -> None:
     master, mark, hint = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    said = sys.stdin.buffer.read()
-    _clear_up(master, mark)
-    if said != _DONE:
+    token, shared = f"{MARK}={mark}".encode(), set[Path]()
+    while not select.select([sys.stdin], [], [], _LOOK_SECONDS)[0]:
+        _look(token, shared)
+    _clear_up(master, token, shared)
+    if sys.stdin.buffer.read() != _DONE:
         print(
             f"the master (process {master}) was killed; every process of the run has ended. {hint}",
             file=sys.stderr,
         )
 
 
-def _clear_up(master: int, mark: str) -> None:
-    token, shared = f"{MARK}={mark}".encode(), set()
+def _look(token: bytes, shared: set[Path]) -> list[int]:
+    """The run's processes; what they have mapped is added to `shared`."""
+    alive = _marked(token)
+    shared.update(*map(_shared_files, alive))
+    return alive
+
+
+def _clear_up(master: int, token: bytes, shared: set[Path]) -> None:
     deadline = time.monotonic() + _PATIENCE
-    while (alive := _marked(token)) and time.monotonic() < deadline:
+    while (alive := _look(token, shared)) and time.monotonic() < deadline:
         for pid in alive:
-            shared.update(_shared_files(pid))
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)

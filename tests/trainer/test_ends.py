@@ -25,7 +25,7 @@ HANG = 90  # seconds; far beyond what it takes, which docs/log.md tells
 def test_a_killed_actor_ends_the_run_by_name(tmp_path: Path, victim: str) -> None:
     out = tmp_path / "run"
     run = start_run(out, "--steps", "1000", "--checkpoint-every", "1")
-    before = read_until(run, "1/1000")
+    before, memory = read_until(run, "1/1000"), shared_memory()
     os.kill(
         next(p for p, text in left_behind().items() if f"ray::{victim}" in text), signal.SIGKILL
     )
