@@ -6,8 +6,8 @@
 // reader that finds it odd, or changed after its read, gets a SnapshotError instead of torn bytes.
 // A writer that fails or dies in between leaves it odd: unreadable until the next commit.
 //
-// The words of the header and the digests are read and written atomically. data() is not: copying it
-// beside a writer is a race by design, between processes, whose outcome confirm() refuses.
+// The words of the header and the digests are read and written atomically. data() is not: copying
+// it beside a writer is a race by design, between processes, whose outcome confirm() refuses.
 #pragma once
 
 #include <cstddef>
