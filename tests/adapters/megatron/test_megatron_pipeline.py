@@ -30,6 +30,8 @@ DEADLINE = 240.0
 # a large epsilon: at Adam's usual one, rounding would decide the sign of a first step
 ADAM = Adam(epsilon=1e-3, weight_decay=0.1)
 RATE, MAX_NORM = 1e-2, 0.5
+# of log-probs and weights (absolute), losses and norms (relative): float32's rounding made 4e-6
+BOUND = 1e-5
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
@@ -115,20 +117,21 @@ class Trainer:
 def save(trainer: Trainer, folder: Path, layouts: dict[str, Layout]) -> None:
     """All ranks write their shares of `folder`. layouts: of all ranks, for each file."""
     if trainer.rank:
-        dist.barrier()
-        fill(trainer, folder, layouts)
-        dist.barrier()
-        return
-    tensors = {file: list(layout.tensors) for file, layout in layouts.items()}
-    with new_checkpoint(folder, tensors) as partial:
-        partial.joinpath("name").write_text(partial.name)
-        folder.with_suffix(".partial").write_text(partial.name)
         meet()
         fill(trainer, folder, layouts)
         meet()
+    else:
+        tensors = {file: list(layout.tensors) for file, layout in layouts.items()}
+        with new_checkpoint(folder, tensors) as partial:
+            folder.with_suffix(".partial").write_text(partial.name)
+            meet()
+            fill(trainer, folder, layouts)
+            meet()
+    meet()  # nobody goes on before the folder has its name
 
 
 def meet() -> None:
+    """Wait for the other ranks."""
     if dist.get_world_size() > 1:
         dist.barrier()
 
@@ -290,23 +293,27 @@ def test_ranks_score_and_step_as_one_rank_does(
 ) -> None:
     found, wanted = found_in(everywhere[sizes], case), found_in(single, case)
     for name in ("all", "masked", "full"):
-        np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=BOUND, err_msg=name)
     for name in ("loss", "gradient_norm", "sum"):
-        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[name], wanted[name], rtol=BOUND, err_msg=name)
     for name in ("tokens", "micro_batches", "rows"):
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
     assert wanted["gradient_norm"][0] > MAX_NORM and (wanted["micro_batches"] > 2).all()
     assert wanted["rows"].tolist() == [0, 8, 8]
-    assert_close(everywhere[sizes] / f"{case}-3", single / f"{case}-3", 1e-6)
+    assert_close(everywhere[sizes] / f"{case}-3", single / f"{case}-3", BOUND)
 
 
 @cases
 def test_a_pipeline_computes_the_same_bits(single: Path, everywhere: Everywhere, case: str) -> None:
-    """Stages cut the same arithmetic in two; nothing is summed in another order."""
+    """Stages cut the same arithmetic in two. Only the gradient of a tied embedding is summed in
+    another order."""
     found, wanted = found_in(everywhere[1, 2], case), found_in(single, case)
     for name in ("all", "masked", "full"):
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
     assert found["loss"][0] == wanted["loss"][0]
+    if case == "untied":
+        np.testing.assert_array_equal(found["loss"], wanted["loss"])
+        assert_close(everywhere[1, 2] / f"{case}-5", single / f"{case}-5", 0.0)
 
 
 @layouts
@@ -342,6 +349,6 @@ def test_a_run_goes_on_at_another_layout(
 ) -> None:
     """Weights and moments of the layout before, two more steps here, against five on one rank."""
     moved = everywhere[sizes] / f"{case}-moved"
-    assert_close(moved, single / f"{case}-5", 2e-6)
+    assert_close(moved, single / f"{case}-5", BOUND)
     moments = weights_in(moved)["exp_avg_sq.model.layers.3.mlp.up_proj.weight"]
     assert (moments > 0).any()
