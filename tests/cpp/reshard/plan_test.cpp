@@ -40,6 +40,24 @@ TEST_CASE("rows to columns: one copy for each pair") {
   bad({"rank 2", "[0, 1]"}, [&] { it.of_rank(2); });
 }
 
+TEST_CASE("shares: what each source rank writes, padding by the lowest") {
+  const Layout source = sharded("w", DType::kFloat32, {8, 8}, 0, 2);
+  const Layout destination({{"w", DType::kFloat32, {8, 8}}}, {{0, "x", 260}},
+                           {{"w", {{0, 0}, {8, 8}}, 0, "x", 0, {32, 4}}}, {{0, "x", 256, 4}});
+  const Plan it = plan(source, destination);
+  CHECK(it.of_source(0).proof() == Proof{132, 128, 4, 1});
+  CHECK(it.of_source(1).proof() == Proof{128, 128, 0, 1});
+  CHECK(it.of_source(1).of_rank(0).proof() == Proof{128, 128, 0, 1});
+  CHECK(it.of_source(0).fills_padding());
+  CHECK_FALSE(it.of_source(1).fills_padding());
+  bad({"no source rank 2", "[0, 1]"}, [&] { it.of_source(2); });
+  bad({"already the share of source rank 0"}, [&] { it.of_source(0).of_source(1); });
+  bad({"share of source rank 1 reads from source rank 0"},
+      [&] { prove(source, destination, it.of_source(0).steps(), 1); });
+  const Step own = it.of_source(1).steps()[0];
+  bad({"'w'", "more than once"}, [&] { prove(source, destination, {own, own}, 1); });
+}
+
 TEST_CASE("replicas: same device first, then same node, then the rank with fewest bytes") {
   const auto holder = [](std::vector<Place> places, std::int64_t ranks) {
     std::vector<Buffer> buffers;
