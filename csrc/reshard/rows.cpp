@@ -18,10 +18,24 @@ void copy_dense(std::int64_t n, const std::byte* source, std::int64_t /*source_s
 }
 
 template <std::size_t kItem>
-void copy_strided(std::int64_t n, const std::byte* source, std::int64_t source_stride,
-                  std::byte* destination, std::int64_t destination_stride) {
+inline __attribute__((always_inline)) void copy_strided(std::int64_t n, const std::byte* source,
+                                                        std::int64_t source_stride,
+                                                        std::byte* destination,
+                                                        std::int64_t destination_stride) {
   for (std::int64_t i = 0; i < n; ++i) {
     std::memcpy(destination + i * destination_stride, source + i * source_stride, kItem);
+  }
+}
+
+// Every other element (interleaved pairs) is frequent enough for a loop with constant strides.
+template <std::size_t kItem>
+void copy_gathered(std::int64_t n, const std::byte* __restrict source, std::int64_t source_stride,
+                   std::byte* __restrict destination, std::int64_t /*destination_stride*/) {
+  constexpr auto kStride = static_cast<std::int64_t>(kItem);
+  if (source_stride == 2 * kStride) {
+    copy_strided<kItem>(n, source, 2 * kStride, destination, kStride);
+  } else {
+    copy_strided<kItem>(n, source, source_stride, destination, kStride);
   }
 }
 
@@ -80,12 +94,13 @@ constexpr Rows kStrided = {cast<std::uint32_t, std::uint16_t, bfloat16_bits>,
                            cast<std::uint16_t, std::uint32_t, float32_bits>,
                            {copy_strided<1>, copy_strided<2>, copy_strided<4>, copy_strided<8>}};
 
-template <Stream kStream>
 constexpr Rows kGathered = {
-    through_cache<cast<std::uint32_t, std::uint16_t, bfloat16_bits>, kStream, 2>,
-    through_cache<cast<std::uint16_t, std::uint32_t, float32_bits>, kStream, 4>,
-    {through_cache<copy_strided<1>, kStream, 1>, through_cache<copy_strided<2>, kStream, 2>,
-     through_cache<copy_strided<4>, kStream, 4>, through_cache<copy_strided<8>, kStream, 8>}};
+    through_cache<cast<std::uint32_t, std::uint16_t, bfloat16_bits>, stream_bytes, 2>,
+    through_cache<cast<std::uint16_t, std::uint32_t, float32_bits>, stream_bytes, 4>,
+    {through_cache<copy_gathered<1>, stream_bytes, 1>,
+     through_cache<copy_gathered<2>, stream_bytes, 2>,
+     through_cache<copy_gathered<4>, stream_bytes, 4>,
+     through_cache<copy_gathered<8>, stream_bytes, 8>}};
 
 template <typename Casts>
 constexpr Rows kDense = {
@@ -99,7 +114,7 @@ constexpr Rows kStreaming = {through_cache<Casts::narrow, kStream, 2>,
 
 template <typename Casts, Stream kStream>
 constexpr RowSet make_row_set(std::string_view name) {
-  return {name, {kStrided, kGathered<kStream>, kDense<Casts>, kStreaming<Casts, kStream>}};
+  return {name, {kStrided, kGathered, kDense<Casts>, kStreaming<Casts, kStream>}};
 }
 
 #if defined(__x86_64__)
