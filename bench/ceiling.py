@@ -1,7 +1,7 @@
-"""The machine's ceiling for a copy: one contiguous run by memcpy and by streaming stores, on as many
-many threads as the executor takes.
+"""The machine's ceiling for a copy: one contiguous run by memcpy and by streaming stores.
 
-Compiled from ceiling.cpp when first asked for (g++, as for the extension, about a second).
+On as many threads as the executor takes. Compiled from ceiling.cpp when first asked for: about a
+second, with g++.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@
 #include "reshard/kernels.h"
 #include "reshard/rows.h"
 #include "reshard/stream.h"
+#include "reshard/transpose.h"
 
 namespace kimisys::reshard {
 namespace {
@@ -63,63 +64,6 @@ void run_axes(const Block& block, std::size_t axis, const std::byte* source, std
   }
 }
 
-// Elements on a side of the squares in which a transposing copy walks: their lines on both sides
-// stay in the first-level cache.
-constexpr std::int64_t kSquare = 64;
-
-// Transposes one square whose source lies dense along i and whose destination lies dense along j.
-// It goes through a small dense buffer, because strides that are powers of two would map the lines
-// of a whole column to a few cache sets.
-void transpose_square(const std::byte* source, std::byte* destination, const Block::Axis& i,
-                      const Block::Axis& j, Row dense_read, Row strided_write, std::int64_t item) {
-  std::array<std::byte, kSquare * kSquare * 8> buffer;
-  const std::int64_t row_bytes = i.extent * item;
-  for (std::int64_t row = 0; row < j.extent; ++row) {
-    dense_read(i.extent, source + row * j.source_stride, item, buffer.data() + row * row_bytes,
-               item);
-  }
-  for (std::int64_t row = 0; row < i.extent; ++row) {
-    strided_write(j.extent, buffer.data() + row * item, row_bytes,
-                  destination + row * i.destination_stride, j.destination_stride);
-  }
-}
-
-// A block whose source is dense along axis `across` and its destination along the last one.
-void run_transposed(const Block& block, std::size_t across, const RowSet& rows) {
-  const std::size_t last = block.dims - 1;
-  const std::int64_t item = itemsize(block.source_dtype);
-  const Row read = choose_row(block.source_dtype, block.source_dtype, RowKind::kDense, rows);
-  const Row write =
-      choose_row(block.source_dtype, block.destination_dtype, RowKind::kStrided, rows);
-  std::vector<Block::Axis> outer;
-  for (std::size_t d = 0; d < last; ++d) {
-    if (d != across) outer.push_back(block.axes[d]);
-  }
-  const std::function<void(std::size_t, const std::byte*, std::byte*)> walk =
-      [&](std::size_t axis, const std::byte* source, std::byte* destination) {
-        if (axis < outer.size()) {
-          for (std::int64_t n = 0; n < outer[axis].extent; ++n) {
-            walk(axis + 1, source + n * outer[axis].source_stride,
-                 destination + n * outer[axis].destination_stride);
-          }
-          return;
-        }
-        Block::Axis i = block.axes[across];
-        Block::Axis j = block.axes[last];
-        for (std::int64_t row = 0; row < block.axes[across].extent; row += kSquare) {
-          i.extent = std::min(kSquare, block.axes[across].extent - row);
-          for (std::int64_t column = 0; column < block.axes[last].extent; column += kSquare) {
-            j.extent = std::min(kSquare, block.axes[last].extent - column);
-            transpose_square(
-                source + row * i.source_stride + column * j.source_stride,
-                destination + row * i.destination_stride + column * j.destination_stride, i, j,
-                read, write, item);
-          }
-        }
-      };
-  walk(0, block.source, block.destination);
-}
-
 // Rows shorter than this are not worth streaming.
 constexpr std::int64_t kShortestStream = 256;
 
@@ -134,21 +78,23 @@ std::int64_t row_bytes(const Block& block) {
   return block.axes[block.dims - 1].extent * itemsize(block.source_dtype);
 }
 
-RowKind dense_kind(const Block& block, bool may_stream) {
-  return may_stream && row_bytes(block) >= kShortestStream ? RowKind::kStreaming : RowKind::kDense;
+bool worth_streaming(const Block& block, bool may_stream) {
+  return may_stream && row_bytes(block) >= kShortestStream;
 }
 
 void run_alone(const Block& block, bool may_stream, const RowSet& rows) {
   const Block::Axis& last = block.axes[block.dims - 1];
+  const bool stream = worth_streaming(block, may_stream);
   RowKind kind = RowKind::kStrided;
   if (has_dense_rows(block)) {
-    kind = dense_kind(block, may_stream);
+    kind = stream ? RowKind::kStreaming : RowKind::kDense;
   } else if (last.destination_stride == itemsize(block.destination_dtype)) {
     for (std::size_t d = 0; d + 1 < block.dims; ++d) {
       if (block.axes[d].source_stride == itemsize(block.source_dtype)) {
-        return run_transposed(block, d, rows);
+        return copy_transposed(block, d, may_stream, rows);
       }
     }
+    if (stream) kind = RowKind::kGathered;
   }
   run_axes(block, 0, block.source, block.destination,
            choose_row(block.source_dtype, block.destination_dtype, kind, rows));
@@ -175,10 +121,11 @@ bool continues(const Block& first, const Block& last, const Block& next) {
 void run_woven(std::span<const Block> blocks, bool may_stream, const RowSet& rows) {
   for (std::int64_t i = 0; i < blocks.front().axes[0].extent; ++i) {
     for (const Block& block : blocks) {
-      const RowKind kind = dense_kind(block, may_stream);
+      const auto kind = worth_streaming(block, may_stream) ? RowKind::kStreaming : RowKind::kDense;
       const Row row = choose_row(block.source_dtype, block.destination_dtype, kind, rows);
-      row(block.axes[1].extent, block.source + i * block.axes[0].source_stride, 0,
-          block.destination + i * block.axes[0].destination_stride, 0);
+      const auto& [outer, inner] = std::pair(block.axes[0], block.axes[1]);
+      row(inner.extent, block.source + i * outer.source_stride, inner.source_stride,
+          block.destination + i * outer.destination_stride, inner.destination_stride);
     }
   }
 }

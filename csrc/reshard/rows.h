@@ -12,32 +12,35 @@
 namespace kimisys::reshard {
 
 // Copies n elements, of which element i is read at source + i * source_stride and written at
-// destination + i * destination_stride. Strides in bytes; dense rows do not look at them.
+// destination + i * destination_stride. Strides in bytes.
 using Row = void (*)(std::int64_t n, const std::byte* source, std::int64_t source_stride,
                      std::byte* destination, std::int64_t destination_stride);
 
 enum class RowKind {
   kStrided,
-  kDense,      // elements follow one another on both sides
-  kStreaming,  // dense, and written past the caches; finish_streaming() ends it
+  kGathered,   // the destination is dense, and written past the caches
+  kDense,      // both sides are dense
+  kStreaming,  // both sides are dense, and the destination is written past the caches
 };
 
-// The rows that an instruction set does in its own way.
+// The rows of one kind.
+struct Rows {
+  Row narrow;               // float32 -> bfloat16
+  Row widen;                // bfloat16 -> float32
+  std::array<Row, 4> copy;  // elements of 1, 2, 4, 8 bytes
+};
+
+// All rows for one instruction set.
 struct RowSet {
-  struct Casts {
-    Row narrow;  // float32 -> bfloat16
-    Row widen;   // bfloat16 -> float32
-  };
   std::string_view name;
-  Casts dense;
-  Casts streaming;
-  std::array<Row, 4> streaming_copy;  // of elements of 1, 2, 4, 8 bytes
+  std::array<Rows, 4> kinds;  // by RowKind
 };
 
 // Those that this processor can run, fastest first, of avx512, avx2, generic.
 std::span<const RowSet> row_sets();
 
-// The row for a pair of dtypes that can_cast.
+// The row for a pair of dtypes that can_cast. After rows written past the caches, the thread calls
+// finish_streaming().
 Row choose_row(DType from, DType to, RowKind kind, const RowSet& set);
 
 }  // namespace kimisys::reshard

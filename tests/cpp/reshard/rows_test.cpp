@@ -44,12 +44,14 @@ TEST_CASE("every row, at every alignment and length, writes its elements and not
       {DType::kFloat32, DType::kBFloat16}, {DType::kBFloat16, DType::kFloat32}};
   for (const RowSet& set : row_sets()) {
     for (const auto& [from, to] : dtypes) {
-      for (const RowKind kind : {RowKind::kStrided, RowKind::kDense, RowKind::kStreaming}) {
+      for (const RowKind kind :
+           {RowKind::kStrided, RowKind::kGathered, RowKind::kDense, RowKind::kStreaming}) {
+        const bool is_spread = kind == RowKind::kStrided || kind == RowKind::kGathered;
         for (int round = 0; round < 200; ++round) {
           const std::int64_t n = round < 100 ? round : random.between(100, 3000);
-          const std::int64_t gap = kind == RowKind::kStrided ? random.between(0, 5) : 0;
-          const std::int64_t read = itemsize(from) + gap;
-          const std::int64_t write = itemsize(to) + gap;
+          const std::int64_t read = itemsize(from) + (is_spread ? random.between(0, 5) : 0);
+          const std::int64_t write =
+              itemsize(to) + (kind == RowKind::kStrided ? random.between(0, 5) : 0);
           const auto source_at = static_cast<std::size_t>(random.between(0, 63));
           const auto destination_at = static_cast<std::size_t>(random.between(0, 63));
           const auto source = random_bytes(random, static_cast<std::size_t>(n * read) + kMargin);
