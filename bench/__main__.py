@@ -19,11 +19,11 @@ from bench.harness import Record, machine, measure
 
 
 def names() -> list[str]:
-    """The benchmarks: every module here that defines `cases`."""
+    """The benchmarks: every module here but these two; a package is a part of one."""
     found = (
         m.name
         for m in pkgutil.iter_modules(bench.__path__)
-        if m.name not in {"__main__", "harness"}
+        if not m.ispkg and m.name not in {"__main__", "harness"}
     )
     return sorted(found)
 
@@ -60,6 +60,10 @@ def run(
         with console.status(case.name):
             records.append(measure(name, case, repeats))
     console.print(_table(records))
+    for record in records:
+        if record.parts is not None:
+            console.print(f"\n  {record.case}, medians in ms", highlight=False)
+            console.print(_parts(record.parts))
     console.print(
         f"{machine()}; medians of {repeats} interleaved runs, extremes in brackets", highlight=False
     )
@@ -84,6 +88,15 @@ def _table(records: list[Record]) -> Table:
             continue
         own = f"{r.value:.2f} {r.unit} [{r.low:.2f} {r.high:.2f}]".replace("[", "\\[")
         table.add_row(r.case, own, f"{r.peer_value:.2f} {r.unit}", r.peer, f"{r.ratio:.2f}")
+    return table
+
+
+def _parts(parts: dict[str, float]) -> Table:
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    for part, milliseconds in parts.items():
+        table.add_row(part, f"{milliseconds:.0f}")
     return table
 
 

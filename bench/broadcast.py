@@ -1,4 +1,4 @@
-"""Publishing and pulling, digests on: against one memcpy of the same bytes."""
+"""Publishing and pulling against one memcpy; a whole sync into vLLM against the usual way."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from bench.harness import Case
 from bench.reshard import MIB, matrix
+from bench.sync.cases import QWEN3_0_6B
+from bench.sync.cases import cases as sync_cases
 from kimisys.broadcast import Publisher, Subscriber, connect, digest, snapshot_layout
 from kimisys.reshard import Layout, itemsize
 
@@ -90,3 +92,4 @@ def cases() -> Iterator[Case]:
     yield digesting("bfloat16", 256 * MIB)
     yield digesting("float32", 256 * MIB)
     yield from publish_and_pull(256 * MIB)
+    yield from sync_cases(QWEN3_0_6B, "Qwen3-0.6B")

@@ -17,7 +17,8 @@ class Record:
     """One measured case. value: the median; low, high: the extremes; ratio: ours against the peer,
     larger is better.
 
-    With `correct` false there is no time and no ratio.
+    With `correct` false there is no time and no ratio. parts: median milliseconds of what the two
+    sides are made of, where the case can tell.
     """
 
     bench: str
@@ -32,6 +33,7 @@ class Record:
     ratio: float | None
     correct: bool
     machine: str
+    parts: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Case:
     correct: Callable[[], bool]
     nbytes: int | None = None
     """Bytes moved by one call: the metric is then GB/s, otherwise milliseconds."""
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds, read before and after each call; one of a case's own leaves out what is not its."""
+    parts: Callable[[], dict[str, float]] | None = None
+    """Asked after the last call: median milliseconds of what the calls are made of."""
 
 
 def measure(bench: str, case: Case, repeats: int) -> Record:
@@ -71,8 +77,8 @@ def measure(bench: str, case: Case, repeats: int) -> Record:
     case.peer()
     ours, peers = [], []
     for _ in range(repeats):
-        ours.append(_seconds(case.ours))
-        peers.append(_seconds(case.peer))
+        ours.append(_seconds(case.ours, case.clock))
+        peers.append(_seconds(case.peer, case.clock))
     ratio = statistics.median(peer / own for own, peer in zip(ours, peers, strict=True))
 
     def figure(seconds: float) -> float:
@@ -92,13 +98,14 @@ def measure(bench: str, case: Case, repeats: int) -> Record:
         ratio,
         True,
         machine(),
+        case.parts() if case.parts is not None else None,
     )
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 @cache

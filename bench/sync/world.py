@@ -37,7 +37,7 @@ class World:
     Attributes:
         nbytes: of all tensors.
         gathered: uint8[nbytes], the shared memory that the usual way goes through.
-        seconds: of every run of `kimisys` and of `usual`, in order, by phase.
+        seconds: of every run of `kimisys` and of `usual` since the last check, by phase.
         packing: seconds that all runs so far, of either, spent in vLLM's packing.
     """
 
@@ -119,7 +119,7 @@ class World:
         loaded = self._engine.call("load")
         self._note("usual", time.perf_counter() - began, gathered | loaded)
 
-    def served_is_right(self) -> str:
+    def what_is_wrong(self) -> str:
         """Whether each way brings the ranks' weights, of two sets. Returns what is wrong, or "".
 
         The engine's log-probabilities must be those of the trainer within a fifth of how much they
@@ -134,15 +134,20 @@ class World:
         usual = self._probe()
         self.kimisys()
         again = self._probe()
-        self.gap = float(max(np.abs(ours - first).max(), np.abs(usual - second).max()))
-        self.change = float(np.abs(second - first).max())
+        gap = float(max(np.abs(ours - first).max(), np.abs(usual - second).max()))
+        change = float(np.abs(second - first).max())
         faults = []
-        if not self.gap < self.change / 5:
-            faults.append(f"the engine is {self.gap} from the trainer, versions {self.change}")
+        if not gap < change / 5:
+            faults.append(
+                f"log-probabilities of engine and trainer differ by {gap}, where those of the two "
+                f"sets of weights differ by {change}"
+            )
         if not (again == usual).all():
             faults.append("after the two ways the engine computes different bits")
         if unequal := self._unequal():
             faults.append(f"gathered and published tensors differ: {unequal[:8]}")
+        for phases in self.seconds.values():
+            phases.clear()  # runs that warmed up
         return "; ".join(faults)
 
     def close(self) -> None:

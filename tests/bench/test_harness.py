@@ -25,6 +25,7 @@ KEYS = [
     "ratio",
     "correct",
     "machine",
+    "parts",
 ]
 
 
