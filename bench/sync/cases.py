@@ -1,13 +1,15 @@
-"""What of a whole sync is timed, and against what."""
+"""What of a whole sync is timed, and against what.
+
+The usual way is made of the frameworks' own parts: mbridge's `export_weights` gathers whole tensors
+at the ranks, one rank puts them into shared memory, vLLM's `load_weights` takes them from there.
+"""
 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,64 +40,40 @@ QWEN3_0_6B: dict[str, Any] = {
 _USUAL = "mbridge gather, shared memory, load_weights"
 
 
-def cases(hf_config: Mapping[str, Any], name: str) -> Iterator[Case]:
-    """A sync from Megatron at TP 2 to vLLM at TP 1, both running, in bfloat16.
+def cases(world: World, name: str) -> Iterator[Case]:
+    """A sync of `world`, whose model is `name`.
 
     `served` is until the engine computes with the new weights; `moved` leaves out, on both sides,
-    what vLLM's own packing of weights takes. The last two are served against one copy of the same
-    bytes. name: of the model.
+    what vLLM's own packing takes. The last two are served, against one copy of the same bytes.
     """
-    console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as folder:
-        with console.status(f"starting {RANKS} Megatron ranks and a vLLM engine ({name})"):
-            world = World(hf_config, Path(folder))
-        faults: list[str] = []
+    faults: list[str] = []
 
-        def served_is_right() -> bool:
-            faults[:] = [fault] if (fault := world.what_is_wrong()) else []
-            for fault in faults:
-                console.print(fault, style="red", markup=False)
-            return not faults
+    def served_is_right() -> bool:
+        faults[:] = world.faults()
+        for fault in faults:
+            Console(stderr=True).print(fault, style="red", markup=False)
+        return not faults
 
-        def as_before() -> bool:
-            """The same calls as those that were just looked at, in the same processes."""
-            return not faults
+    def as_before() -> bool:
+        """The very calls that were looked at before, in the same processes."""
+        return not faults
 
-        try:
-            model = f"sync of {name}, TP {RANKS} to TP 1"
-            yield Case(
-                f"{model}, served",
-                world.kimisys,
-                _USUAL,
-                world.usual,
-                served_is_right,
-                parts=lambda: _medians(world),
-            )
-            yield Case(
-                f"{model}, moved",
-                world.kimisys,
-                _USUAL,
-                world.usual,
-                as_before,
-                clock=lambda: time.perf_counter() - world.packing,
-            )
-            with ThreadPoolExecutor(2) as pool:
-                other = np.empty_like(world.gathered)
-                halves = list(zip(np.split(other, 2), np.split(world.gathered, 2), strict=True))
-
-                def on_two_threads() -> None:
-                    list(pool.map(lambda half: np.copyto(*half), halves))
-
-                copies = {
-                    "numpy copyto (one thread)": lambda: np.copyto(other, world.gathered),
-                    "numpy copyto (two threads)": on_two_threads,
-                }
-                for peer, copy in copies.items():
-                    yield Case(
-                        f"{model}, served", world.kimisys, peer, copy, as_before, world.nbytes
-                    )
-        finally:
-            world.close()
+    other = np.empty_like(world.gathered)
+    halves = list(zip(np.split(other, 2), np.split(world.gathered, 2), strict=True))
+    sync = f"sync of {name}, TP {RANKS} to TP 1"
+    both = world.kimisys, _USUAL, world.usual
+    yield Case(f"{sync}, served", *both, served_is_right, parts=lambda: _medians(world))
+    yield Case(
+        f"{sync}, moved", *both, as_before, clock=lambda: time.perf_counter() - world.packing
+    )
+    with ThreadPoolExecutor(2) as pool:
+        copies: dict[str, Callable[[], object]] = {
+            "one thread": lambda: np.copyto(other, world.gathered),
+            "two threads": lambda: list(pool.map(lambda half: np.copyto(*half), halves)),
+        }
+        for threads, copy in copies.items():
+            peer = f"numpy copyto ({threads})"
+            yield Case(f"{sync}, served", world.kimisys, peer, copy, as_before, world.nbytes)
 
 
 def _medians(world: World) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Child:
         descriptors: Sequence[int] = (),
     ) -> None:
         self.name = f"{module.rpartition('.')[2]} {arguments.get('rank', '')}".strip()
-        self._output = tempfile.TemporaryFile()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # close() closes it
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(dict(arguments))],
             stdin=subprocess.PIPE,
@@ -72,7 +72,7 @@ class Child:
         self.send(method, **arguments)
         return self.receive(timeout_seconds)
 
-    def close(self, timeout_seconds: float = 20.0) -> None:
+    def close(self, timeout_seconds: float = 10.0) -> None:
         """Ends the process: kindly, by the end of its input, then by force. Idempotent."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:

@@ -119,12 +119,12 @@ class World:
         loaded = self._engine.call("load")
         self._note("usual", time.perf_counter() - began, gathered | loaded)
 
-    def what_is_wrong(self) -> str:
-        """Whether each way brings the ranks' weights, of two sets. Returns what is wrong, or "".
+    def faults(self) -> list[str]:
+        """What is wrong with how each way brings the ranks' weights, of two sets; empty: nothing.
 
-        The engine's log-probabilities must be those of the trainer within a fifth of how much they
-        differ between the sets; those after either way must be the same bits. What was gathered
-        must have the digests of what was published.
+        The engine's log-probabilities must be those of the trainer, within a twentieth of how much
+        they differ between the sets; those after either way must be the same bits. What was
+        gathered must have the digests of what was published.
         """
         first = self._scrambled(1)
         self.kimisys()
@@ -137,7 +137,7 @@ class World:
         gap = float(max(np.abs(ours - first).max(), np.abs(usual - second).max()))
         change = float(np.abs(second - first).max())
         faults = []
-        if not gap < change / 5:
+        if not gap < change / 20:
             faults.append(
                 f"log-probabilities of engine and trainer differ by {gap}, where those of the two "
                 f"sets of weights differ by {change}"
@@ -148,7 +148,7 @@ class World:
             faults.append(f"gathered and published tensors differ: {unequal[:8]}")
         for phases in self.seconds.values():
             phases.clear()  # runs that warmed up
-        return "; ".join(faults)
+        return faults
 
     def close(self) -> None:
         """Ends all processes. Idempotent."""
