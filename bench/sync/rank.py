@@ -125,7 +125,7 @@ class Renamed(torch.nn.Module):
     ) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return iter(self._parameters_by_name.items())
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         return dict(self._parameters_by_name)
 
     def _rename(self, name: str) -> str:
