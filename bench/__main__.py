@@ -19,11 +19,11 @@ from bench.harness import Record, machine, measure
 
 
 def names() -> list[str]:
-    """The benchmarks: the modules here that define `cases`."""
+    """The benchmarks: the modules here that define `cases`; a package is a part of one."""
     found = (
         m.name
         for m in pkgutil.iter_modules(bench.__path__)
-        if m.name not in {"__main__", "ceiling", "harness"}
+        if not m.ispkg and m.name not in {"__main__", "ceiling", "harness"}
     )
     return sorted(found)
 
@@ -60,6 +60,10 @@ def run(
         with console.status(case.name):
             records.append(measure(name, case, repeats))
     console.print(_table(records))
+    for record in records:
+        if record.parts is not None:
+            console.print(f"\n  {record.case}, medians in ms", highlight=False)
+            console.print(_parts(record.parts))
     console.print(
         f"{machine()}; medians of {repeats} interleaved runs, extremes in brackets", highlight=False
     )
@@ -86,6 +90,15 @@ def _table(records: list[Record]) -> Table:
         for i, peer in enumerate(r.peers):
             first = ("", "") if i else (r.case, own)
             table.add_row(*first, f"{peer.value:.2f} {r.unit}", peer.name, f"{peer.ratio:.2f}")
+    return table
+
+
+def _parts(parts: dict[str, float]) -> Table:
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    for part, milliseconds in parts.items():
+        table.add_row(part, f"{milliseconds:.0f}")
     return table
 
 

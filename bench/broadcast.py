@@ -1,16 +1,21 @@
-"""Publishing and pulling, digests on: against one memcpy of the same bytes."""
+"""Publishing and pulling against one memcpy; a whole sync into vLLM against the usual way."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from bench.harness import Case
 from bench.reshard import MIB, matrix
+from bench.sync.cases import QWEN3_0_6B
+from bench.sync.cases import cases as sync_cases
+from bench.sync.world import RANKS, World
 from kimisys.broadcast import Publisher, Subscriber, connect, digest, snapshot_layout
 from kimisys.reshard import Layout, itemsize
 
@@ -83,8 +88,18 @@ def publish_and_pull(total: int) -> Iterator[Case]:
             publisher.close()
 
 
+def whole_sync() -> Iterator[Case]:
+    """A model of Qwen3-0.6B's shape, from two Megatron ranks into a vLLM engine."""
+    with tempfile.TemporaryDirectory() as folder:
+        with Console(stderr=True).status(f"starting {RANKS} Megatron ranks and a vLLM engine"):
+            world = World(QWEN3_0_6B, Path(folder))
+        with closing(world):
+            yield from sync_cases(world, "Qwen3-0.6B")
+
+
 def cases() -> Iterator[Case]:
     """What `python -m bench broadcast` runs."""
     yield digesting("bfloat16", 256 * MIB)
     yield digesting("float32", 256 * MIB)
     yield from publish_and_pull(256 * MIB)
+    yield from whole_sync()

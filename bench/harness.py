@@ -26,7 +26,8 @@ class Peer:
 class Record:
     """One measured case. value: the median; low, high: the extremes.
 
-    With `correct` false there is no time and no peer.
+    With `correct` false there is no time and no peer. parts: median milliseconds of what the sides
+    are made of, where the case can tell.
     """
 
     bench: str
@@ -39,6 +40,7 @@ class Record:
     peers: tuple[Peer, ...]
     correct: bool
     machine: str
+    parts: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Case:
     correct: Callable[[], bool]
     nbytes: int | None = None
     """Bytes moved by one call: the metric is then GB/s, otherwise milliseconds."""
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds, read before and after each call; one of a case's own leaves out what is not its."""
+    parts: Callable[[], dict[str, float]] | None = None
+    """Asked after the last call: median milliseconds of what the calls are made of."""
 
 
 def measure(bench: str, case: Case, repeats: int) -> Record:
@@ -66,9 +72,9 @@ def measure(bench: str, case: Case, repeats: int) -> Record:
     ours: list[float] = []
     peers: dict[str, list[float]] = {name: [] for name in case.peers}
     for _ in range(repeats):
-        ours.append(_seconds(case.ours))
+        ours.append(_seconds(case.ours, case.clock))
         for name, peer in case.peers.items():
-            peers[name].append(_seconds(peer))
+            peers[name].append(_seconds(peer, case.clock))
 
     def figure(seconds: float) -> float:
         return seconds * 1e3 if case.nbytes is None else case.nbytes / seconds / 1e9
@@ -89,13 +95,14 @@ def measure(bench: str, case: Case, repeats: int) -> Record:
         tuple(against(name, times) for name, times in peers.items()),
         True,
         machine(),
+        case.parts() if case.parts is not None else None,
     )
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 @cache

@@ -23,6 +23,7 @@ KEYS = [
     "peers",
     "correct",
     "machine",
+    "parts",
 ]
 
 

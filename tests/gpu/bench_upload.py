@@ -29,8 +29,7 @@ def upload(total: int) -> Case:
     return Case(
         f"pinned → device, {total // MIB} MiB",
         ours,
-        "torch copy_ from pageable memory",
-        peer,
+        {"torch copy_ from pageable memory": peer},
         lambda: torch.equal(there.cpu(), pageable),
         total,
     )
@@ -62,8 +61,7 @@ def land_and_upload(total: int) -> Case:
     return Case(
         f"two column shards → pinned → device, {total // MIB} MiB",
         ours,
-        "torch copy_ into pinned, then to the device",
-        peer,
+        {"torch copy_ into pinned, then to the device": peer},
         lambda: torch.equal(there.cpu(), torch.cat(shards, dim=1)),
         total,
     )

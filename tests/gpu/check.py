@@ -228,10 +228,9 @@ def show(report: dict[str, Any]) -> None:
             print(outcome["message"])
     for r in report["benches"]:
         if r["correct"]:
-            print(
-                f"  {r['case']}: {r['value']:.2f} {r['unit']}, {r['peer']} {r['peer_value']:.2f}, "
-                f"ratio {r['ratio']:.2f}"
-            )
+            print(f"  {r['case']}: {r['value']:.2f} {r['unit']}")
+            for peer in r["peers"]:
+                print(f"    {peer['name']} {peer['value']:.2f}, ratio {peer['ratio']:.2f}")
     if not report["gpu_present"]:
         print(NOT_TESTED)
 

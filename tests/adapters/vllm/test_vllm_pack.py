@@ -10,6 +10,7 @@ import torch
 import vllm.model_executor.layers.utils as kernels
 from qwen3_tiny import random_model, weights
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from kimisys.adapters.vllm.layout import RankModel, build_model, offline_config
@@ -87,6 +88,28 @@ def test_a_packed_model_computes_as_if_loaded_anew(
     for name, value in expected.items():
         assert torch.equal(after[name], value), name
         assert not torch.equal(before[name], value), f"{name} does not depend on the weights"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_two_modules_derive_from_one_parameter_is_derived_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    running = loaded(folders["tied" if tied else "untied"], 1)
+    module: Any = running.module
+    packer = Packer(module, fresh(running))
+    packed: list[torch.nn.Module] = []
+    derive = UnquantizedEmbeddingMethod.process_weights_after_loading
+
+    def noted(method: UnquantizedEmbeddingMethod, layer: torch.nn.Module) -> None:
+        packed.append(layer)
+        derive(method, layer)
+
+    monkeypatch.setattr(UnquantizedEmbeddingMethod, "process_weights_after_loading", noted)
+    old = module.lm_head.cpu_linear
+    packer.pack({n: torch.ones_like(m, device="cpu") for n, m in packer.shapes.items()})
+    assert len(packed) == (1 if tied else 2)
+    assert (module.lm_head.cpu_linear is module.model.embed_tokens.cpu_linear) == tied
+    assert module.lm_head.cpu_linear is not old
 
 
 def test_a_bias_that_vllm_widens_is_written_too(

@@ -1,0 +1,147 @@
+"""One tensor-parallel Megatron rank of the sync benchmark, in a process of its own."""
+
+from __future__ import annotations
+
+import mmap
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.sync.child import serve
+from kimisys.adapters.megatron import runtime
+from kimisys.adapters.megatron.layout import model_buffers, model_layout
+from kimisys.adapters.megatron.model import Model, build_model
+from kimisys.adapters.megatron.policy import Policy
+from kimisys.broadcast import Publisher, snapshot_layout
+from kimisys.reshard import Layout
+
+_THREADS = 1  # of each rank: two ranks on two cores, for torch and for kimisys alike
+
+
+class Rank:
+    """Holds its shards in bfloat16; both ways of bringing them to an engine begin here.
+
+    memory: descriptor of the shared memory into which the gathered tensors go (rank 0 writes).
+    """
+
+    def __init__(
+        self, rank: int, world: int, port: int, hf_config: dict[str, Any], memory: int
+    ) -> None:
+        torch.set_num_threads(_THREADS)
+        runtime.initialize(world, 1, rank, world, "127.0.0.1", port, seed=rank, hf_config=hf_config)
+        self.rank = rank
+        self._model = build_model(hf_config, torch.bfloat16)
+        self._layout = model_layout(self._model, hf_config, rank)
+        self._buffers = model_buffers(self._model, rank)
+        self._bridge = _bridge(hf_config)
+        self._renamed = Renamed(self._model)
+        self._shared = torch.frombuffer(mmap.mmap(memory, 0), dtype=torch.uint8)
+        self._publisher: Publisher | None = None
+
+    def snapshot(self) -> str:
+        """The layout of this rank's snapshot, as JSON."""
+        return snapshot_layout(self._layout, "bfloat16").to_json()
+
+    def open_publisher(self, snapshots: list[str], address: str) -> None:
+        """Serves the snapshot at `address`, given the snapshot layouts of all ranks."""
+        merged = Layout.merge([Layout.from_json(text) for text in snapshots])
+        self._publisher = Publisher(self._layout, merged, self.rank, Path(address))
+
+    def scramble(self, seed: int) -> None:
+        """New random weights: norms around one and equal on all ranks, the others of each rank's
+        own."""
+        common = torch.Generator().manual_seed(seed)
+        own = torch.Generator().manual_seed(1_000_003 * seed + self.rank)
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                if parameter.dim() == 1:
+                    parameter.normal_(1.0, 0.1, generator=common)
+                else:
+                    parameter.normal_(0.0, 0.03, generator=own)
+
+    def probe(self, tokens: list[int]) -> list[list[float]]:
+        """Log-softmax over the vocabulary after each token but the last."""
+        return Policy(self._model).full_log_probs(torch.tensor([tokens]))[0, :-1].tolist()
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Our way. Returns seconds by phase."""
+        assert self._publisher is not None
+        done = self._publisher.publish(version, self._buffers, threads=_THREADS)
+        return {
+            "publish copy": done.seconds - done.digest_seconds,
+            "publish digest": done.digest_seconds,
+        }
+
+    @torch.no_grad()
+    def gather(self) -> dict[str, Any]:
+        """The usual way: mbridge gathers tensor by tensor, on all ranks, and names them as Hugging
+        Face does; rank 0 copies each into the shared memory as soon as it is there.
+
+        Returns seconds by phase, and in `table` (name, byte offset, shape) of each tensor.
+        """
+        began = time.perf_counter()
+        copying, offset, table = 0.0, 0, []
+        for name, tensor in self._bridge.export_weights([self._renamed]):
+            if self.rank == 0:
+                started = time.perf_counter()
+                # One copy, from wherever mbridge left it: no .contiguous() on the way.
+                place = self._shared[offset : offset + tensor.nbytes].view(tensor.dtype)
+                place.view(tensor.shape).copy_(tensor)
+                copying += time.perf_counter() - started
+                table.append((name, offset, list(tensor.shape)))
+                offset += tensor.nbytes
+        whole = time.perf_counter() - began
+        return {"seconds": {"gather": whole - copying, "to memory": copying}, "table": table}
+
+    def close(self) -> None:
+        """Removes the socket and leaves the process group."""
+        if self._publisher is not None:
+            self._publisher.close()
+        runtime.shutdown()
+
+
+class Renamed(torch.nn.Module):
+    """A Megatron model under the parameter names of Transformer Engine's layer spec, which are
+    those that mbridge 0.15.1 knows: there the norms are part of the linear layers after them."""
+
+    _NAMES = (
+        (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
+        (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
+    )
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.decoder = model.decoder
+        self._parameters_by_name = {
+            self._rename(name): parameter for name, parameter in model.named_parameters()
+        }
+
+    def named_parameters(  # type: ignore[override]
+        self, *_: Any, **__: Any
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return iter(self._parameters_by_name.items())
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        return dict(self._parameters_by_name)
+
+    def _rename(self, name: str) -> str:
+        for local, fused in self._NAMES:
+            name = name.replace(local, fused)
+        return name
+
+
+def _bridge(hf_config: dict[str, Any]) -> Any:
+    from transformers import Qwen3Config
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Transformer Engine is absent, from many modules
+        from mbridge import AutoBridge
+    return AutoBridge.from_config(Qwen3Config(**hf_config))
+
+
+if __name__ == "__main__":
+    serve(Rank)

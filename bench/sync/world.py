@@ -1,0 +1,210 @@
+"""Two Megatron ranks and one vLLM engine, and two ways of bringing the ranks' weights to it."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.sync.child import Child
+from kimisys.adapters.megatron.families import family_of
+from kimisys.adapters.vllm.environment import environment
+from kimisys.broadcast import connect, digest
+from kimisys.reshard import Buffer, Fragment, Layout, Region
+
+RANKS = 2
+ENGINE_THREADS = 2  # of torch, of vLLM's packing and of the pull
+
+_START_SECONDS = 300.0
+_PROBE = [1, 20, 300, 17]
+
+
+class World:
+    """The processes, and both ways.
+
+    hf_config: the contents of config.json; its vocabulary must need no padding on RANKS ranks.
+    folder: for config.json and sockets; its owner's alone.
+
+    Attributes:
+        nbytes: of all tensors.
+        gathered: uint8[nbytes], the shared memory that the usual way goes through.
+        seconds: of every run of `kimisys` and of `usual` since the last check, by phase.
+        packing: seconds that all runs so far, of either, spent in vLLM's packing.
+    """
+
+    def __init__(self, hf_config: Mapping[str, Any], folder: Path) -> None:
+        self.tensors = family_of(hf_config).hf_tensors("bfloat16")
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
+        self.seconds: dict[str, defaultdict[str, list[float]]] = {
+            way: defaultdict(list) for way in ("kimisys", "usual")
+        }
+        self.packing = 0.0
+        self._version = 0
+        self._addresses = [str(folder / f"rank{rank}") for rank in range(RANKS)]
+        self._vocabulary = int(hf_config["vocab_size"])
+        self._open = ExitStack()
+        try:
+            self._start(dict(hf_config), folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, hf_config: dict[str, Any], folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(hf_config))
+        # One buffer for all versions, its pages there before the first is timed.
+        memory = os.memfd_create("gathered")
+        self._open.callback(os.close, memory)
+        os.posix_fallocate(memory, 0, self.nbytes)
+        self.gathered = np.frombuffer(mmap.mmap(memory, self.nbytes), np.uint8)
+        port = _free_port()
+        self._ranks = [
+            self._child(
+                "bench.sync.rank",
+                {"rank": r, "world": RANKS, "port": port, "hf_config": hf_config, "memory": memory},
+                {"OMP_NUM_THREADS": "1"},
+                memory,
+            )
+            for r in range(RANKS)
+        ]
+        self._engine = self._child(
+            "bench.sync.engine",
+            {"model": str(folder), "threads": ENGINE_THREADS, "memory": memory},
+            environment(ENGINE_THREADS),
+            memory,
+        )
+        for child in (*self._ranks, self._engine):
+            child.receive(_START_SECONDS)
+        snapshots = _together(self._ranks, "snapshot")
+        for rank, address in zip(self._ranks, self._addresses, strict=True):
+            rank.call("open_publisher", snapshots=snapshots, address=address)
+        _together(self._ranks, "publish", version=self._version)
+        self._engine.call("connect", addresses=self._addresses)
+        self._table = _together(self._ranks, "gather")[0]["table"]
+        self._engine.call("know", table=self._table)
+
+    def _child(
+        self, module: str, arguments: dict[str, Any], variables: dict[str, str], memory: int
+    ) -> Child:
+        child = Child(module, arguments, variables, [memory])
+        self._open.callback(child.close)
+        return child
+
+    def kimisys(self) -> None:
+        """Both ranks publish; the engine pulls, verifies and packs."""
+        began = time.perf_counter()
+        self._version += 1
+        published = _together(self._ranks, "publish", version=self._version)
+        updated = self._engine.call("update", version=self._version)
+        if updated.pop("digests") != len(self.tensors):
+            raise AssertionError("the engine did not compare every tensor's digest")
+        self._note("kimisys", time.perf_counter() - began, _slowest(published) | updated)
+
+    def usual(self) -> None:
+        """Both ranks gather every tensor, rank 0 into shared memory; the engine loads from there.
+
+        One after the other: the gather takes 1.6 s of processor time on each of two cores, so there
+        is little to win by loading meanwhile.
+        """
+        began = time.perf_counter()
+        gathered = _together(self._ranks, "gather")[0]["seconds"]
+        loaded = self._engine.call("load")
+        self._note("usual", time.perf_counter() - began, gathered | loaded)
+
+    def faults(self) -> list[str]:
+        """What is wrong with how each way brings the ranks' weights, of two sets; empty: nothing.
+
+        The engine's log-probabilities must be those of the trainer, within a twentieth of how much
+        they differ between the sets; those after either way must be the same bits. What was
+        gathered must have the digests of what was published.
+        """
+        first = self._scrambled(1)
+        self.kimisys()
+        ours = self._probe()
+        second = self._scrambled(2)
+        self.usual()
+        usual = self._probe()
+        self.kimisys()
+        again = self._probe()
+        gap = float(max(np.abs(ours - first).max(), np.abs(usual - second).max()))
+        change = float(np.abs(second - first).max())
+        faults = []
+        if not gap < change / 20:
+            faults.append(
+                f"log-probabilities of engine and trainer differ by {gap}, where those of the two "
+                f"sets of weights differ by {change}"
+            )
+        if not (again == usual).all():
+            faults.append("after the two ways the engine computes different bits")
+        if unequal := self._unequal():
+            faults.append(f"gathered and published tensors differ: {unequal[:8]}")
+        for phases in self.seconds.values():
+            phases.clear()  # runs that warmed up
+        return faults
+
+    def close(self) -> None:
+        """Ends all processes. Idempotent."""
+        self._open.close()
+
+    def _note(self, way: str, whole: float, phases: Mapping[str, float]) -> None:
+        self.packing += phases["repack"]
+        for phase, seconds in phases.items():
+            self.seconds[way][phase].append(seconds)
+        self.seconds[way]["calls and waiting"].append(whole - sum(phases.values()))
+        self.seconds[way]["all"].append(whole)
+
+    def _scrambled(self, seed: int) -> np.ndarray:
+        """New weights at the ranks; what they compute with them, float32[tokens - 1, vocab]."""
+        _together(self._ranks, "scramble", seed=seed)
+        tokens = [token % self._vocabulary for token in _PROBE]
+        return np.array(_together(self._ranks, "probe", tokens=tokens)[0], np.float32)
+
+    def _probe(self) -> np.ndarray:
+        tokens = [token % self._vocabulary for token in _PROBE]
+        return np.array(self._engine.call("probe", tokens=tokens), np.float32)
+
+    def _unequal(self) -> list[str]:
+        """Tensors of which the last gathered and the last published bits have unequal digests."""
+        with connect(self._addresses) as peers:
+            offers = peers.published(self._version)
+            published = np.add.reduce([offer.digests for offer in offers], dtype=np.uint64)
+            names = [tensor.name for tensor in peers.layout.tensors]
+            layout = self._gathered_layout(peers.layout)
+        found = digest(layout, {(0, "gathered"): self.gathered})
+        return [n for n, a, b in zip(names, published, found, strict=True) if a != b]
+
+    def _gathered_layout(self, published: Layout) -> Layout:
+        fragments = []
+        for name, offset, shape in self._table:
+            strides = [2 * int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
+            fragments.append(
+                Fragment(name, Region([0] * len(shape), shape), 0, "gathered", offset, strides)
+            )
+        return Layout(published.tensors, [Buffer(0, "gathered", self.nbytes)], fragments)
+
+
+def _together(children: Iterable[Child], method: str, **arguments: Any) -> list[Any]:
+    """The same call of all children at the same time."""
+    children = list(children)
+    for child in children:
+        child.send(method, **arguments)
+    return [child.receive(_START_SECONDS) for child in children]
+
+
+def _slowest(phases: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Each phase of the rank whose phases take longest together."""
+    return dict(max(phases, key=lambda rank: sum(rank.values())))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
