@@ -8,7 +8,7 @@ PACKAGES := g++ make cmake ninja-build doctest-dev libnuma1 chromium
 ifeq ($(PYTHON),/usr/bin/python3.11)
 PACKAGES += python3.11-venv python3.11-dev
 endif
-CPP_SOURCES = $(shell find csrc bindings tests/cpp -name '*.cpp' -o -name '*.h')
+CPP_SOURCES = $(shell find csrc bindings bench tests/cpp -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
 .PHONY: setup train test test-asan test-tsan test-python gpu-check bench lint format clean help
