@@ -25,6 +25,7 @@ MARK = "KIMISYS_RUN"
 """The environment variable that all processes of a run share."""
 
 _PATIENCE = 10.0  # seconds, for processes that were killed to be gone
+_EMPTY_LOOKS = 5  # in a row: then there is nothing more to come
 _LOOK_SECONDS = 2.0  # between two looks at what is mapped; a look costs about 5 ms
 _DONE = b"done"
 
@@ -58,10 +59,10 @@ def main() -> None:
     master, mark, hint = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    token, shared = f"{MARK}={mark}".encode(), set[Path]()
+    run = _Run(mark)
     while not select.select([sys.stdin], [], [], _LOOK_SECONDS)[0]:
-        _look(token, shared)
-    _clear_up(master, token, shared)
+        run.look()
+    _clear_up(master, run)
     if sys.stdin.buffer.read() != _DONE:
         print(
             f"the master (process {master}) was killed; every process of the run has ended. {hint}",
@@ -69,38 +70,70 @@ def main() -> None:
         )
 
 
-def _look(token: bytes, shared: set[Path]) -> list[int]:
-    """The run's processes; what they have mapped is added to `shared`."""
-    alive = _marked(token)
-    shared.update(*map(_shared_files, alive))
-    return alive
+class _Run:
+    """The processes of a run, as far as they were seen, and what they have mapped.
+
+    One that carries the mark, or whose parent is one of them, belongs to the run: Ray's agents
+    write their names over their environment, and the mark may be lost.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self._token = f"{MARK}={mark}".encode()
+        self._known: set[tuple[int, int]] = set()  # a process id, and when that process started
+        self.shared: set[Path] = set()
+
+    def look(self) -> list[int]:
+        """The processes that live now."""
+        seen = {pid: born for pid in _process_ids() if (born := _birth(pid)) is not None}
+        parents = {pid: parent for pid, (parent, _) in seen.items()}
+        alive = {
+            pid
+            for pid, (_, start) in seen.items()
+            if (pid, start) in self._known or self._token in _environment(pid)
+        }
+        while children := {p for p, parent in parents.items() if parent in alive} - alive:
+            alive |= children
+        self._known = {(pid, seen[pid][1]) for pid in alive}
+        self.shared.update(*map(_shared_files, alive))
+        return sorted(alive)
 
 
-def _clear_up(master: int, token: bytes, shared: set[Path]) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while (alive := _look(token, shared)) and time.monotonic() < deadline:
-        for pid in alive:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+def _clear_up(master: int, run: _Run) -> None:
+    deadline, empty = time.monotonic() + _PATIENCE, 0
+    # A look may miss a process that is just being started. Stopped first, none starts another.
+    while empty < _EMPTY_LOOKS and time.monotonic() < deadline:
+        alive = run.look()
+        empty = 0 if alive else empty + 1
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in alive:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
         time.sleep(0.05)
-    for path in shared:
+    for path in run.shared:
         path.unlink(missing_ok=True)
     for where in {"/tmp", tempfile.gettempdir()}:
         for folder in Path(where).glob(f"kimisys*-{master}-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _marked(token: bytes) -> list[int]:
-    """Processes, other than zombies, that were started with `token` in their environment."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if token in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:  # ended meanwhile, or somebody else's
-                continue
-    return found
+def _process_ids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _birth(pid: int) -> tuple[int, int] | None:
+    """The parent's process id, and the start in clock ticks; None for what has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else (int(fields[1]), int(fields[19]))
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # ended meanwhile, or somebody else's
+        return []
 
 
 def _shared_files(pid: int) -> set[Path]:
