@@ -19,6 +19,7 @@ from kimisys.trainer.iteration import Iterations
 from kimisys.trainer.machine import machine_record
 from kimisys.trainer.metrics import Summary, append_record, open_records, read_metrics, write_json
 from kimisys.trainer.model_folder import ModelFolder, make_model
+from kimisys.trainer.plot import plot_run
 from kimisys.trainer.processes import processes
 from kimisys.trainer.progress import Evaluation, Progress
 from kimisys.trainer.ranks import Ranks
@@ -78,6 +79,8 @@ class Master:
             summary = self._summary(status)
             write_json(self._out / "summary.json", asdict(summary))
         self._display.phase("writing the report")
+        if summary.steps:
+            plot_run(self._out / "curve.png", read_metrics(self._out / "metrics.jsonl"), summary)
         write_report(self._out)
         return summary
 

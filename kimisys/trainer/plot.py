@@ -141,6 +141,14 @@ TIME = Chart(
     "step_seconds",
     draw_phases,
 )
+LENGTH = Chart(
+    "Length of right answers",
+    "The length reward prefers the short ones among right answers: with it, the line of right "
+    "answers falls while the pass rate holds.",
+    "tokens",
+    "correct_length",
+    _lines(correct_length="right answers", completion_length="all completions"),
+)
 LEARNING = (
     PASS_RATE,
     Chart(
@@ -184,14 +192,7 @@ LEARNING = (
     ),
 )
 SHAPING = (
-    Chart(
-        "Length of right answers",
-        "The length reward prefers the short ones among right answers: with it, the line of right "
-        "answers falls while the pass rate holds.",
-        "tokens",
-        "correct_length",
-        _lines(correct_length="right answers", completion_length="all completions"),
-    ),
+    LENGTH,
     Chart(
         "Length reward",
         "What it adds to the mean reward. It compares the samples of one problem: right answers "
@@ -300,12 +301,12 @@ def on_dark(svg: str) -> str:
 
 
 def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None:
-    """Pass rate in training and on the held-out problems, and the time of each phase, as one
-    PNG."""
+    """Pass rate in training and on the held-out problems, lengths, and the time of each phase, as
+    one PNG."""
     history = History(steps, summary, summary.logprob_gap_bound)
     with rc_context({**_STYLE, "font.size": 10, "savefig.facecolor": "white"}):
-        figure = Figure(figsize=(11, 3.8), layout="constrained")  # not pyplot: no display, no state
-        for axes, chart in zip(figure.subplots(1, 2), (PASS_RATE, TIME), strict=True):
+        figure = Figure(figsize=(15, 3.8), layout="constrained")  # not pyplot: no display, no state
+        for axes, chart in zip(figure.subplots(1, 3), (PASS_RATE, LENGTH, TIME), strict=True):
             _draw(axes, chart, history)
             axes.set_title(chart.title, pad=24)  # above the legend
         figure.savefig(path, dpi=110)
