@@ -117,7 +117,7 @@ class RunConfig:
     micro_batch_tokens: int = 4096
     """Tokens that go through the model together, padding included: bounds a rank's memory."""
     checkpoint_every: int = 5
-    """RL steps between two checkpoints; SFT writes one every 100 steps. The last two are kept."""
+    """RL steps between two checkpoints; SFT writes one every 50 steps. The last two are kept."""
     tensorboard: bool = False
     """Also write TensorBoard events to OUT/tensorboard (needs the package tensorboard)."""
     ready_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 240.0

@@ -30,7 +30,7 @@ from kimisys.trainer.warm_up import Demonstrations
 from kimisys.trainer.watch import Watch
 
 SFT_CHUNK = 25  # steps between two signs of life
-SFT_CHECKPOINT = 100  # steps between two checkpoints
+SFT_CHECKPOINT = 50  # steps between two checkpoints
 SAMPLES_SHOWN = 16  # in the report, before and after
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-FIRST, LAST = 5.0, 60.0  # seconds from a start to a kill
+FIRST, LAST = 5.0, 90.0  # seconds from a start to a kill
 
 
 def main(out: Path, kills: int, seed: int) -> None:
