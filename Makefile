@@ -3,7 +3,8 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PACKAGES := g++ make cmake ninja-build doctest-dev libnuma1 chromium
+PACKAGES := g++ make cmake ninja-build libnuma1
+TEST_PACKAGES := doctest-dev chromium
 # Debian's own Python comes without these two
 ifeq ($(PYTHON),/usr/bin/python3.11)
 PACKAGES += python3.11-venv python3.11-dev
@@ -28,14 +29,14 @@ test-asan:  ## The C++ tests, without Python, under the address and undefined-be
 test-tsan:  ## The C++ tests, without Python, under the thread sanitizer
 test-asan: sanitizer = address,undefined
 test-tsan: sanitizer = thread
-test-asan test-tsan: .venv/.packages
+test-asan test-tsan: .venv/.packages .venv/.test-packages
 	@mkdir -p build
 	@cmake -S . -B build/$@ -G Ninja -DKIMISYS_TESTS=ON -DKIMISYS_SANITIZE=$(sanitizer) \
 	  >build/$@.log 2>&1 || { cat build/$@.log; exit 1; }
 	@cmake --build build/$@
 	ctest --test-dir build/$@ --output-on-failure
 
-test-python: setup  ## The Python tests (ARGS="-k digest" selects)
+test-python: setup .venv/.test-packages  ## The Python tests (ARGS="-k digest" selects)
 	$(BIN)/python -m pytest $(ARGS)
 
 # With the Python of the machine where it has what is needed, else with the .venv's.
@@ -63,9 +64,11 @@ clean:  ## Remove what was built (not the .venv)
 	rm -rf build kimisys/_core*.so
 
 # Debian packages: installed when root, named otherwise.
-.venv/.packages: Makefile
+.venv/.packages: wanted = $(PACKAGES)
+.venv/.test-packages: wanted = $(TEST_PACKAGES)
+.venv/.packages .venv/.test-packages: Makefile
 	@mkdir -p .venv build
-	@missing=""; for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	@missing=""; for p in $(wanted); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" = 0 ]; then \
 	    echo "installing$$missing"; \

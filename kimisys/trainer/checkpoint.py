@@ -1,8 +1,8 @@
 """Checkpoints of a run: weights and optimizer state as safetensors in Hugging Face coordinates, and
 how far the run had come as JSON.
 
-    checkpoints/rl-000010.optimizer/  AdamW's moments, and the steps that they are old
-    checkpoints/rl-000010/            a Hugging Face folder: config.json, tokenizer,
+    checkpoints/sft-000100.optimizer/ AdamW's moments, and the steps that they are old: in SFT
+    checkpoints/sft-000100/           a Hugging Face folder: config.json, tokenizer,
         model.safetensors             the float32 masters,
         state.json                    and `Progress`
 
@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from kimisys.adapters.megatron.optimizer_state import optimizer_layout
-from kimisys.reshard import Layout
+from kimisys.errors import CheckpointError, LayoutError
+from kimisys.reshard import Layout, Tensor
 from kimisys.reshard.safetensors import new_checkpoint
 from kimisys.trainer.model_folder import ModelFolder
 from kimisys.trainer.progress import Progress
@@ -47,25 +49,46 @@ class Checkpoints:
         """Write what the ranks hold, and `progress`; of the older ones `KEPT` - 1 are kept."""
         folder = self._folder / f"{progress.phase}-{progress.step:06d}"
         # what an interrupted run has left: an unfinished folder, moments without their weights
-        for stale in (folder, _optimizer(folder), *self._folder.glob(".*")):
+        lonely = [p for p in self._folder.glob("*.optimizer") if not p.with_suffix("").exists()]
+        for stale in (folder, *lonely, *self._folder.glob(".*")):
             shutil.rmtree(stale, ignore_errors=True)
         weights = Layout.merge([Layout.from_json(text) for text in ranks.call("describe")])
-        steps = json.dumps({"steps": ranks.one("optimizer_steps")}) + "\n"
-        moments = optimizer_layout(weights)
-        with new_checkpoint(_optimizer(folder), {MOMENTS: moments.tensors}, {STATE: steps}) as made:
-            ranks.call("fill_moments", weights.to_json(), str(made / MOMENTS))
+        if progress.phase == "sft":  # k1.5 forgets the optimizer's state at every iteration
+            steps = json.dumps({"steps": ranks.one("optimizer_steps")}) + "\n"
+            tensors = optimizer_layout(weights).tensors
+            with new_checkpoint(_optimizer(folder), {MOMENTS: tensors}, {STATE: steps}) as made:
+                _fill(ranks, "fill_moments", weights, made / MOMENTS, tensors)
         files = {**self._model.files("float32"), STATE: progress.to_json()}
         with new_checkpoint(folder, {WEIGHTS: weights.tensors}, files) as made:
-            ranks.call("fill_weights", weights.to_json(), str(made / WEIGHTS))
+            _fill(ranks, "fill_weights", weights, made / WEIGHTS, weights.tensors)
         for old in _checkpoints(self._folder)[:-KEPT]:
             shutil.rmtree(old)
             shutil.rmtree(_optimizer(old), ignore_errors=True)
         return folder
 
     def load_optimizer(self, ranks: Ranks, folder: Path) -> None:
-        """Give the ranks the optimizer state of a checkpoint."""
-        state = json.loads((_optimizer(folder) / STATE).read_text())
-        ranks.call("load_optimizer", str(_optimizer(folder)), state["steps"])
+        """Give the ranks the optimizer state of a checkpoint of SFT. Raises CheckpointError."""
+        path = _optimizer(folder) / STATE
+        try:
+            steps = int(json.loads(path.read_text())["steps"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} does not say how old the optimizer's state is ({error}); remove {folder} "
+                "to resume from the checkpoint before it"
+            ) from error
+        ranks.call("load_optimizer", str(path.parent), steps)
+
+
+def _fill(
+    ranks: Ranks, method: str, weights: Layout, file: Path, tensors: Sequence[Tensor]
+) -> None:
+    """Let each rank write its share; LayoutError unless the shares are the whole file."""
+    written = sum(ranks.call(method, weights.to_json(), str(file)))
+    if written != (whole := sum(tensor.nbytes for tensor in tensors)):
+        raise LayoutError(
+            f"the ranks wrote {written} of the {whole} bytes of {file}: they do not agree on the "
+            "layout"
+        )
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -17,14 +17,21 @@ from rich.text import Text
 
 from kimisys.errors import KimisysError
 from kimisys.trainer.config import (
+    ConfigError,
     EvalConfig,
     ExportConfig,
     GenerateConfig,
     RunConfig,
     TrainConfig,
-    check_new_folder,
 )
-from kimisys.trainer.run_folder import check_resumable, make_folder, saved_config
+from kimisys.trainer.run_folder import (
+    check_resumable,
+    command_of,
+    locked,
+    make_folder,
+    resolved,
+    saved_config,
+)
 
 _CONFIGS: dict[str, type[RunConfig]] = {"train": TrainConfig, "sft": RunConfig}
 
@@ -35,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 130
     interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 110, markup=False)
     with _told(console):
         tyro.extras.subcommand_cli_from_dict(
             _commands(console, _saved(arguments)),
@@ -75,7 +82,7 @@ def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
 
     def export(config: Annotated[ExportConfig, Flat]) -> None:
         """Turn a checkpoint, of a run or of Megatron, into a Hugging Face folder."""
-        check_new_folder(config.out)
+        config.check()
         from kimisys.trainer.export_command import run
 
         run(config, console)
@@ -101,8 +108,11 @@ def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, saved: RunConfig | None, console: Console, started: float) -> None:
+    config = resolved(config)
     if saved is not None:
         check_resumable(config, saved)
+    elif config.resume is not None:
+        raise ConfigError("--resume must be written out, and names one folder")
     config.check()
     # after the configuration is known to be good: these imports take seconds
     from kimisys.trainer.display import Display, print_summary
@@ -114,10 +124,10 @@ def _run(config: RunConfig, saved: RunConfig | None, console: Console, started: 
     console.print(f"writing to {out}", highlight=False, soft_wrap=True)
     steps = config.steps if isinstance(config, TrainConfig) else 0
     try:
-        with Display(console, steps) as display:
+        with locked(out), Display(console, steps) as display:
             summary = Master(config, out, model, task, display, started).run()
-    except (KimisysError, KeyboardInterrupt) as error:
-        command = "train" if isinstance(config, TrainConfig) else "sft"
+    except BaseException as error:
+        command = command_of(type(config))
         error.add_note(f"to go on from the last checkpoint: kimisys {command} --resume {out}")
         raise
     print_summary(console, summary)
@@ -142,7 +152,7 @@ def _saved(arguments: Sequence[str]) -> RunConfig | None:
 @contextmanager
 def _told(console: Console) -> Iterator[None]:
     """Errors of ours and interrupts in words, on stderr, and as an exit status."""
-    errors = Console(stderr=True, width=console.width)
+    errors = Console(stderr=True, width=console.width, markup=False)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield

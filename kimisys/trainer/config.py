@@ -158,6 +158,7 @@ class RunConfig:
             ("--shape.layers", shape.layers, 1, 1024),
             ("--shape.heads", shape.heads, 1, 1024),
             ("--shape.kv-heads", shape.kv_heads, 1, 1024),
+            ("--shape.head-dim", shape.head_dim, 1, 1024),
             ("--shape.ffn-size", shape.ffn_size, 1, MANY),
             ("--shape.rope-theta", shape.rope_theta, 1.0, 1e12),
             ("--sft.steps", sft.steps, 0, MANY),
@@ -297,8 +298,8 @@ class EvalConfig(ServeConfig):
     def check(self) -> None:
         super().check()
         check_ranges([("--problems", self.problems, 1, MANY)])
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ConfigError(f"--json: there is no folder {self.json.parent}")
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            raise ConfigError(f"--json {self.json}: name a file in a folder that exists")
 
 
 @dataclass(frozen=True)
@@ -328,3 +329,8 @@ class ExportConfig:
     """Of the exported weights."""
     config: Path | None = None
     """For a checkpoint of Megatron: a folder with the model's config.json and tokenizer."""
+
+    def check(self) -> None:
+        """Raise ConfigError when there is something where the folder should be made."""
+        if self.out.exists():
+            raise ConfigError(f"{self.out} exists; name a folder that does not")

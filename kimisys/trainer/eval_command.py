@@ -23,7 +23,7 @@ def run(config: EvalConfig, console: Console) -> None:
     """Measure, print a table, and write config.json if it was asked for."""
     task = load_task(config.task)
     model = open_model(find_weights(config.folder).resolve())
-    check_engine(model.hf_config, config.tensor_parallel)
+    check_engine(model.hf_config, config.tensor_parallel, "--tensor-parallel")
     problems = task.held_out[: config.problems]
     longest = model.longest(task, problems)
     started = time.monotonic()

@@ -35,8 +35,8 @@ def evaluate(
 
 
 def sample_records(problems: Sequence[Problem], rollouts: Rollouts) -> list[dict[str, Any]]:
-    """The first sample of each of `problems`, as samples.jsonl holds it."""
-    each = len(rollouts.completions) // (int(rollouts.groups[-1]) + 1)
+    """The samples of the first problems, of which there is one each, as samples.jsonl holds
+    them."""
     return [
         {
             "prompt": problem.prompt,
@@ -46,5 +46,5 @@ def sample_records(problems: Sequence[Problem], rollouts: Rollouts) -> list[dict
             "reward": one.reward,
             "tokens": one.tokens,
         }
-        for problem, one in zip(problems, rollouts.completions[::each], strict=False)
+        for problem, one in zip(problems, rollouts.completions, strict=False)
     ]

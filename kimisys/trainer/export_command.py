@@ -12,17 +12,15 @@ from rich.console import Console
 from kimisys.adapters.megatron.dist_checkpoint import is_dist_checkpoint, open_dist_checkpoint
 from kimisys.reshard import Layout, Tensor, plan
 from kimisys.reshard.safetensors import create_checkpoint, open_checkpoint
-from kimisys.trainer.config import ConfigError, Dtype, ExportConfig
+from kimisys.trainer.config import ConfigError, ExportConfig
 from kimisys.trainer.model_folder import ModelFolder, open_model, read_model
 from kimisys.trainer.serving import find_weights
-
-_FLOATING = {"float32", "bfloat16"}
 
 
 def run(config: ExportConfig, console: Console) -> None:
     """Write the folder and say what is in it."""
     with _opened(config) as (model, layout, buffers):
-        tensors = [Tensor(t.name, _dtype(t.dtype, config.dtype), t.shape) for t in layout.tensors]
+        tensors = [Tensor(t.name, config.dtype, t.shape) for t in layout.tensors]
         with create_checkpoint(config.out, tensors, model.files(config.dtype)) as made:
             moved = plan(layout, made.layout)
             moved.execute(buffers, made.buffers)
@@ -48,7 +46,3 @@ def _opened(config: ExportConfig) -> Iterator[tuple[ModelFolder, Layout, Any]]:
     model = read_model(Path(config.config))
     with open_dist_checkpoint(config.source, model.hf_config) as (layout, buffers):
         yield model, layout, buffers
-
-
-def _dtype(held: str, wanted: Dtype) -> str:
-    return wanted if held in _FLOATING else held

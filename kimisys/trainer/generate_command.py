@@ -16,7 +16,7 @@ from kimisys.trainer.serving import VERSION, find_weights, served
 def run(config: GenerateConfig, console: Console) -> None:
     """Complete each prompt and print it with its completions."""
     model = open_model(find_weights(config.folder).resolve())
-    check_engine(model.hf_config, config.tensor_parallel)
+    check_engine(model.hf_config, config.tensor_parallel, "--tensor-parallel")
     tokenizer = model.tokenizer
     texts = config.prompts or tuple(line.rstrip("\n") for line in sys.stdin if line.strip())
     if not texts:

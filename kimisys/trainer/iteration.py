@@ -23,6 +23,7 @@ from kimisys.trainer.rollout import Rollouts, sample
 from kimisys.trainer.task import Problem, Task
 from kimisys.trainer.watch import ReplicaError, probe_gap
 
+PROBE_TOKENS = 16  # at most: each is compared over the whole vocabulary
 PUBLICATIONS = 2  # of the same weights, when an engine refuses what landed
 
 
@@ -53,9 +54,9 @@ class Iterations:
         self._ranks, self._engines = ranks, engines
         self._progress, self._watch, self._display = progress, progress.watch, display
         self._served = 0
-        first = task.held_out[0]
+        first = self._tokenizer.encode_prompt(task.held_out[0].prompt)
         # the end-of-sequence token makes sure of the two tokens that a probe needs
-        self._probe = [*self._tokenizer.encode_prompt(first.prompt), self._tokenizer.eos_id]
+        self._probe = [*first[: PROBE_TOKENS - 1], self._tokenizer.eos_id]
         self._difficulties = torch.tensor(
             [p.difficulty for p in task.problems], dtype=torch.float64
         )

@@ -49,9 +49,10 @@ def keeper(resume_hint: str) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(MARK, None)
-        process.stdin.write(_DONE)
-        process.stdin.close()
-        process.wait(2 * _PATIENCE)
+        with suppress(BrokenPipeError, subprocess.TimeoutExpired):  # it was killed, or hangs
+            process.stdin.write(_DONE)
+            process.stdin.close()
+            process.wait(2 * _PATIENCE)
 
 
 def main() -> None:
@@ -106,11 +107,12 @@ def _clear_up(master: int, run: _Run) -> None:
         empty = 0 if alive else empty + 1
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in alive:
-                with suppress(ProcessLookupError):
+                with suppress(OSError):
                     os.kill(pid, number)
         time.sleep(0.05)
     for path in run.shared:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
     for where in {"/tmp", tempfile.gettempdir()}:
         for folder in Path(where).glob(f"kimisys*-{master}-*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -123,7 +125,7 @@ def _process_ids() -> list[int]:
 def _birth(pid: int) -> tuple[int, int] | None:
     """The parent's process id, and the start in clock ticks; None for what has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] == "Z" else (int(fields[1]), int(fields[19]))
@@ -139,7 +141,7 @@ def _environment(pid: int) -> list[bytes]:
 def _shared_files(pid: int) -> set[Path]:
     """Files below /dev/shm that the process has mapped and that still have a name."""
     try:
-        maps = Path(f"/proc/{pid}/maps").read_text()
+        maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
     except OSError:
         return set()
     paths = (line.split(maxsplit=5)[-1] for line in maps.splitlines() if " /dev/shm/" in line)

@@ -24,12 +24,12 @@ from kimisys.trainer.processes import processes
 from kimisys.trainer.progress import Evaluation, Progress
 from kimisys.trainer.ranks import Ranks
 from kimisys.trainer.report import write_report
-from kimisys.trainer.task import Task
+from kimisys.trainer.task import Task, TaskError
 from kimisys.trainer.tensorboard import TensorBoardLog
 from kimisys.trainer.warm_up import Demonstrations
 from kimisys.trainer.watch import Watch
 
-SFT_CHUNK = 25  # steps between two signs of life
+SFT_CHUNK, SFT_SIGN_SECONDS = 25, 5.0  # steps, and seconds, between two signs of life at most
 SFT_CHECKPOINT = 50  # steps between two checkpoints
 SAMPLES_SHOWN = 16  # in the report, before and after
 
@@ -52,11 +52,19 @@ class Master:
         self._task, self._started = task, started
         self._command = "kimisys train" if isinstance(config, TrainConfig) else "kimisys sft"
         self._checkpoints = Checkpoints(out / "checkpoints", self._model)
-        self._progress = self._checkpoints.progress() or Progress(
-            Watch(LOGPROB_GAP_BOUNDS[config.wire_dtype])
-        )
+        bound = LOGPROB_GAP_BOUNDS[config.wire_dtype]
+        self._progress = self._checkpoints.progress() or Progress(Watch(bound), task.fingerprint)
+        self._progress.watch.bound = bound  # a resumed run may publish in another dtype
+        if self._progress.task != task.fingerprint:
+            raise TaskError(
+                f"the task {config.task} is not what it was when {out} was started: its problems "
+                f"have changed; start another run with --model {out}/model"
+            )
         self._seconds_before = self._progress.seconds
         self._after: Evaluation | None = None
+        log = out / "metrics.jsonl"
+        known = read_metrics(log) if log.exists() else []
+        self._steps = [step for step in known if step.step < self._next_step]
         self._board = TensorBoardLog(out, self._next_step) if config.tensorboard else None
 
     @property
@@ -68,6 +76,7 @@ class Master:
         """Train; returns the summary, which is in `out`/summary.json however the run ends."""
         status = "completed"
         write_json(self._out / "machine.json", machine_record())
+        (self._out / "summary.json").unlink(missing_ok=True)  # of an end that was resumed
         try:
             self._train()
         except BaseException as error:
@@ -78,10 +87,10 @@ class Master:
                 self._board.close()
             summary = self._summary(status)
             write_json(self._out / "summary.json", asdict(summary))
-        self._display.phase("writing the report")
-        if summary.steps:
-            plot_run(self._out / "curve.png", read_metrics(self._out / "metrics.jsonl"), summary)
-        write_report(self._out)
+            self._display.phase("writing the report")
+            if self._steps:
+                plot_run(self._out / "curve.png", self._steps, summary)
+            write_report(self._out)
         return summary
 
     def _train(self) -> None:
@@ -90,7 +99,7 @@ class Master:
             make_model(self._model, config.seed)
         resumed = self._checkpoints.last()
         if resumed is not None:
-            self._progress.resumed_at.append(self._progress.step)
+            self._progress.resumed_at.append(self._next_step - 1)
             display.note(f"resuming from {resumed}")
         hint = f"Resume with: {self._command} --resume {self._out}"
         with processes(config.ready_timeout, hint) as (actors, sockets):
@@ -127,13 +136,13 @@ class Master:
         )
 
     def _longest(self, config: TrainConfig) -> int:
-        """Tokens of the longest prompt and completion that will be sampled."""
+        """Tokens of the longest prompt and completion that will be sampled, or of the probe."""
         held_out = self._task.held_out[: config.held_out]
-        return self._model.longest(self._task, [*self._task.problems, *held_out])
+        return self._model.longest(self._task, [*self._task.problems, *held_out]) + 1
 
     def _start_ranks(self, ranks: Ranks, resumed: Path | None) -> None:
         ranks.start(resumed or self._model.folder)
-        if resumed is not None:
+        if resumed is not None and self._progress.phase == "sft":
             self._checkpoints.load_optimizer(ranks, resumed)
 
     def _warm_up(self, ranks: Ranks) -> None:
@@ -144,12 +153,17 @@ class Master:
         data = Demonstrations(
             self._task.demonstrations, self._model.tokenizer, sft.batch_size, self._config.seed
         )
-        with open_records(self._out / "sft.jsonl") as log:
+        seconds = SFT_SIGN_SECONDS  # of a step, as long as none was timed
+        with open_records(self._out / "sft.jsonl", progress.step) as log:
             while progress.step < sft.steps:
-                steps = range(progress.step, min(progress.step + SFT_CHUNK, sft.steps))
+                chunk = max(1, int(SFT_SIGN_SECONDS / seconds))
+                chunk = min(chunk, SFT_CHUNK - progress.step % SFT_CHUNK)
+                steps = range(progress.step, min(progress.step + chunk, sft.steps))
                 rates = [sft.learning_rate_at(step) for step in steps]
                 batches = [data.batch(step) for step in steps]
+                started = time.monotonic()
                 losses = ranks.one("sft", batches, rates, self._config.clip_gradient)
+                seconds = (time.monotonic() - started) / len(steps)
                 for step, loss, rate in zip(steps, losses, rates, strict=True):
                     append_record(log, {"step": step + 1, "loss": loss, "learning_rate": rate})
                 progress.step = steps.stop
@@ -166,10 +180,11 @@ class Master:
         if progress.before is None:
             progress.before = self._evaluate(config, engines, iterations.served, "before")
         first = self._next_step
-        with open_records(self._out / "metrics.jsonl") as log:
+        with open_records(self._out / "metrics.jsonl", first - 1) as log:
             for step in range(first, config.steps + 1):
                 metrics = iterations.step(step)
                 append_record(log, asdict(metrics))
+                self._steps.append(metrics)
                 if self._board is not None:
                     self._board.step(metrics)
                 display.step(metrics)
@@ -206,10 +221,14 @@ class Master:
         if not isinstance(self._config, TrainConfig):
             progress.version += 1
             ranks.publish(progress.version)
+        for stale in self._out.glob(".model.*"):  # of a run that was killed here
+            shutil.rmtree(stale)
+        fresh = folder.with_name("model.next")
+        shutil.rmtree(fresh, ignore_errors=True)
+        ranks.save_published(fresh, progress.version, self._model.files(self._config.wire_dtype))
         if folder.exists():  # of a run that was resumed to go further
             shutil.rmtree(folder)
-        files = self._model.files(self._config.wire_dtype)
-        ranks.save_published(folder, progress.version, files)
+        fresh.rename(folder)
 
     def _seconds(self) -> float:
         """Of the run so far, those before a resume included."""
@@ -217,9 +236,7 @@ class Master:
 
     def _summary(self, status: str) -> Summary:
         progress, watch = self._progress, self._progress.watch
-        log = self._out / "metrics.jsonl"
-        steps = read_metrics(log) if log.exists() else []
-        seconds = sum(s.rollout_seconds for s in steps)
+        seconds = sum(s.rollout_seconds for s in self._steps)
         return Summary(
             status=status,
             **_measured("before", progress.before),
@@ -236,7 +253,9 @@ class Master:
             logprob_gap_bound=watch.bound,
             logprob_gap_exceeded_at=watch.exceeded_at,
             probe_gap_max=watch.probe_gap,
-            rollout_tokens_per_second=sum(s.tokens for s in steps) / seconds if seconds else 0.0,
+            rollout_tokens_per_second=sum(s.tokens for s in self._steps) / seconds
+            if seconds
+            else 0.0,
             seed=self._config.seed,
         )
 

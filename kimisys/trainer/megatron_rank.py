@@ -108,18 +108,20 @@ class MegatronRank(Actor):
         """Steps since the optimizer's state was zero."""
         return self.policy.optimizer_steps
 
-    def fill_weights(self, layout: str, file: str) -> None:
-        """Write this rank's share of a file of weights. layout: of all ranks' weights."""
-        self._fill(Layout.from_json(layout), file, self.buffers)
+    def fill_weights(self, layout: str, file: str) -> int:
+        """Write this rank's share of a file of weights; its bytes. layout: of all ranks."""
+        return self._fill(Layout.from_json(layout), file, self.buffers)
 
-    def fill_moments(self, layout: str, file: str) -> None:
-        """Write this rank's share of a file of the optimizer's moments. layout: as above."""
+    def fill_moments(self, layout: str, file: str) -> int:
+        """Write this rank's share of a file of the optimizer's moments. layout: of the weights."""
         moments = self.policy.optimizer_buffers(self.rank)
-        self._fill(optimizer_layout(Layout.from_json(layout)), file, moments)
+        return self._fill(optimizer_layout(Layout.from_json(layout)), file, moments)
 
-    def _fill(self, layout: Layout, file: str, buffers: Mapping[tuple[int, str], Any]) -> None:
+    def _fill(self, layout: Layout, file: str, buffers: Mapping[tuple[int, str], Any]) -> int:
         with open_for_writing(file) as made:
-            plan(layout, made.layout).of_source(self.rank).execute(buffers, made.buffers)
+            share = plan(layout, made.layout).of_source(self.rank)
+            share.execute(buffers, made.buffers)
+        return share.proof.copied_bytes
 
     def load_optimizer(self, folder: str, steps: int) -> None:
         """Fill the optimizer's state, `steps` old, from a folder of moments."""

@@ -101,12 +101,27 @@ class Summary:
     seed: int
 
 
-def open_records(path: Path) -> TextIO:
-    """Open `path` to append to it; the unfinished last line that a crash has left is cut off."""
+def open_records(path: Path, last_step: int | None = None) -> TextIO:
+    """Open `path` to append to it; the unfinished last line that a crash has left is cut off.
+
+    last_step: records of later steps are dropped too, since the run will do these steps again.
+    Raises RunFolderError for a line that is no record.
+    """
     if path.exists():
-        whole = path.read_bytes().rpartition(b"\n")
-        os.truncate(path, len(whole[0] + whole[1]))
+        lines = path.read_bytes().split(b"\n")[:-1]
+        if last_step is not None:
+            lines = [line for line in lines if _step_of(path, line) <= last_step]
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(b"".join(line + b"\n" for line in lines))
+        os.replace(partial, path)
     return open(path, "a", encoding="utf-8")
+
+
+def _step_of(path: Path, line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunFolderError(f"{path}: {line[:60]!r} is no record; delete that line") from error
 
 
 def append_record(stream: TextIO, record: Mapping[str, object]) -> None:

@@ -6,14 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kimisys.adapters.megatron.families import check_layout, family_of
 from kimisys.errors import CheckpointError
 from kimisys.reshard.safetensors import open_checkpoint
 from kimisys.trainer.config import HEAD_DIMS, ConfigError, Dtype, RunConfig, ShapeConfig
 from kimisys.trainer.initial import write_initial_checkpoint
-from kimisys.trainer.task import Problem, Task
+from kimisys.trainer.task import Demonstration, Problem, Task
 from kimisys.trainer.tokenizer import Tokenizer, arithmetic_files, read_files
 
 
@@ -48,6 +48,19 @@ class ModelFolder:
             )
         return most
 
+    def check_demonstrations(self, demonstrations: Sequence[Demonstration]) -> None:
+        """Raise ConfigError for one that is longer than the model can take, TokenizerError for one
+        that cannot be encoded."""
+        context = int(self.hf_config["max_position_embeddings"])
+        for i, one in enumerate(demonstrations):
+            prompt = self.tokenizer.encode_prompt(one.prompt)
+            most = len(prompt) + len(self.tokenizer.encode(one.completion)) + 1
+            if most > context:
+                raise ConfigError(
+                    f"demonstration {i}, of {one.prompt[:40]!r}, takes {most} tokens, the model "
+                    f"has room for {context} (max_position_embeddings); leave it out"
+                )
+
 
 def planned_model(folder: Path, shape: ShapeConfig, task: Task) -> ModelFolder:
     """The model of `shape`, with the bundled tokenizer, that `make` will write into `folder`."""
@@ -74,6 +87,8 @@ def read_model(folder: Path) -> ModelFolder:
             f"{path} cannot be read ({error}); give a Hugging Face folder with config.json, a "
             "tokenizer and *.safetensors"
         ) from error
+    if not isinstance(hf_config, dict):
+        raise CheckpointError(f"{path} holds no JSON object; copy the model's config.json there")
     return ModelFolder(folder, hf_config, Tokenizer.read(folder))
 
 
@@ -84,12 +99,25 @@ def open_model(folder: Path) -> ModelFolder:
     is not supported, TokenizerError.
     """
     model = read_model(folder)
-    wanted = {t.name for t in family_of(model.hf_config).hf_tensors("float32")}
-    held = {t.name for t in open_checkpoint(folder).layout.tensors}
-    if missing := sorted(wanted - held):
+    family = family_of(model.hf_config)
+    wanted = {t.name: t.shape for t in family.hf_tensors("float32")}
+    held = {t.name: t for t in open_checkpoint(folder).layout.tensors}
+    if missing := sorted(wanted.keys() - held.keys()):
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the model's {len(wanted)} tensors, {missing[0]!r} "
             "first; copy the whole checkpoint"
+        )
+    for name, shape in wanted.items():
+        if held[name].shape != shape or held[name].dtype not in get_args(Dtype):
+            raise CheckpointError(
+                f"{folder}: {name!r} is {held[name].dtype}{list(held[name].shape)}; config.json "
+                f"says {list(shape)}, and float32 and bfloat16 can be read: see whether both files "
+                "are of one model, and convert other dtypes"
+            )
+    if len(model.tokenizer) > family.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {folder} has {len(model.tokenizer)} tokens, the model "
+            f"{family.vocab_size}: they are not of one model"
         )
     return model
 
@@ -99,15 +127,21 @@ def check_megatron(hf_config: dict[str, Any], config: RunConfig) -> None:
     check_layout(hf_config, config.tensor_parallel, config.pipeline_parallel, config.ranks)
 
 
-def check_engine(hf_config: dict[str, Any], tensor_parallel: int) -> None:
-    """Raise ConfigError when vLLM cannot serve the model in such engines."""
-    heads = int(hf_config["num_attention_heads"])
-    width = int(hf_config.get("head_dim") or int(hf_config["hidden_size"]) // heads)
-    if width not in HEAD_DIMS:
+def check_engine(hf_config: dict[str, Any], tensor_parallel: int, option: str) -> None:
+    """Raise ConfigError when vLLM cannot serve the model in engines of `tensor_parallel` ranks,
+    which `option` asked for."""
+    family = family_of(hf_config)
+    if family.head_dim not in HEAD_DIMS:
         raise ConfigError(
-            f"the model's heads are {width} wide; vLLM's attention on the CPU has {HEAD_DIMS}"
+            f"the model's heads are {family.head_dim} wide; vLLM's attention on the CPU has "
+            f"{HEAD_DIMS}"
         )
-    if heads % tensor_parallel:
-        raise ConfigError(
-            f"--engine-tensor-parallel {tensor_parallel} does not divide the model's {heads} heads"
-        )
+    # vLLM repeats key-value heads where there are more ranks than heads
+    few, many = sorted((family.groups, tensor_parallel))
+    for what, rest in (
+        ("heads", family.heads % tensor_parallel),
+        ("key-value heads", many % few),
+        ("MLP columns", family.intermediate_size % tensor_parallel),
+    ):
+        if rest:
+            raise ConfigError(f"{option} {tensor_parallel} does not divide the model's {what}")

@@ -29,12 +29,14 @@ class Progress:
     """The state of a run between two steps. With the weights and the seed it decides all that
     comes.
 
-    step: steps done in `phase`. version: last published. success_rates: of the task's problems.
+    task: its fingerprint. step: steps done in `phase`. version: last published. success_rates: of
+    the task's problems.
     before: the evaluation before RL. resumed_at: RL steps after which the run was resumed.
     seconds: spent before the last resume.
     """
 
     watch: Watch
+    task: str
     phase: Phase = "sft"
     step: int = 0
     version: int = 0

@@ -171,6 +171,8 @@ def _options(config: dict[str, Any]) -> list[Option]:
 def _flat(config: dict[str, Any], prefix: str = "--") -> Iterator[tuple[str, str]]:
     """The options as one writes them on the command line, with their values."""
     for name, value in config.items():
+        if prefix == "--" and name == "command":
+            continue
         option = prefix + name.replace("_", "-")
         if isinstance(value, dict):
             yield from _flat(value, option + ".")

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from kimisys.trainer.config import ConfigError, RunConfig
+from kimisys.trainer.config import ConfigError, RunConfig, TrainConfig
 from kimisys.trainer.metrics import write_json
 
 Config = TypeVar("Config", bound=RunConfig)
 
 _FIXED = ("seed", "model", "task", "shape")  # a checkpoint means nothing under another
+_COMMAND = "command"  # that wrote a config.json: `train` and `sft` do not resume each other's runs
+
+
+def resolved(config: Config) -> Config:
+    """`config` with whole paths, so that a run can be resumed from any working directory."""
+    task, colon, function = config.task.rpartition(":")
+    if config.task.endswith(".jsonl"):
+        name = str(Path(config.task).resolve())
+    else:
+        name = (
+            f"{Path(task).resolve()}:{function}" if colon and task.endswith(".py") else config.task
+        )
+    model = config.model and config.model.resolve()
+    return dataclasses.replace(config, task=name, model=model)
 
 
 def make_folder(config: RunConfig) -> Path:
@@ -38,13 +55,17 @@ def saved_config(folder: Path, kind: type[Config]) -> Config:
     path = folder / "config.json"
     try:
         record = json.loads(path.read_text())
+        command = record.pop(_COMMAND, None)
+        unknown = sorted(set(record) - {field.name for field in dataclasses.fields(kind)})
+        if command != command_of(kind) or unknown:
+            raise ValueError(f"it is of {command or 'no command'}; unknown here: {unknown}")
         config = msgspec.convert(
             record, kind, strict=True, dec_hook=lambda wanted, value: wanted(value)
         )
-    except (OSError, ValueError, msgspec.ValidationError) as error:
+    except (OSError, ValueError, AttributeError, msgspec.ValidationError) as error:
         raise ConfigError(
-            f"--resume {folder}: {path} is not the configuration of such a run ({error}); name the "
-            "folder that the run wrote (its --out)"
+            f"--resume {folder}: {path} is not the configuration of a run of `kimisys "
+            f"{command_of(kind)}` ({error}); name the folder that the run wrote (its --out)"
         ) from error
     return dataclasses.replace(config, out=None, resume=folder)
 
@@ -59,8 +80,33 @@ def check_resumable(config: RunConfig, saved: RunConfig) -> None:
             )
     if config.out is not None:
         raise ConfigError("--out and --resume exclude each other: a resumed run goes on in place")
+    if isinstance(config, TrainConfig) and config.freeze_engine:
+        raise ConfigError(
+            "a run with --freeze-engine cannot be resumed: its engine's weights are not saved; "
+            "start it again"
+        )
+
+
+def command_of(kind: type[RunConfig]) -> str:
+    """The command whose runs a configuration of this kind describes."""
+    return "train" if issubclass(kind, TrainConfig) else "sft"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else works in the run's folder inside the block. Raises ConfigError if one does."""
+    with open(folder / "lock", "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is running in {folder}: wait for it, or end it, or name another "
+                "folder"
+            ) from error
+        yield
 
 
 def _record(config: RunConfig) -> dict[str, Any]:
     record = dataclasses.asdict(config) | {"out": None, "resume": None}
+    record = {_COMMAND: command_of(type(config)), **record}
     return {k: str(v) if isinstance(v, Path) else v for k, v in record.items()}

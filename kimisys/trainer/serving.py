@@ -22,12 +22,14 @@ def find_weights(path: Path) -> Path:
     """The Hugging Face folder that `path` means: itself, or of a run its final weights, its last
     checkpoint, or what it started from. Raises CheckpointError."""
     last = last_checkpoint(path / "checkpoints")
-    for folder in (path, path / "model", *([last] if last else []), path / "initial"):
+    trained = [folder for folder in (path / "model", last) if folder and folder.exists()]
+    trained.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)  # a run may have gone on
+    for folder in (path, *trained, path / "initial"):
         if any(folder.glob("*.safetensors")):
             return folder
     raise CheckpointError(
         f"{path} is neither a Hugging Face folder (config.json, tokenizer, *.safetensors) nor a "
-        "folder of a run; name one"
+        "folder of a run; name one, or make one of Megatron's checkpoint with kimisys export"
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
-from kimisys.trainer.config import RunConfig, TrainConfig
+from kimisys.trainer.checkpoint import last_checkpoint
+from kimisys.trainer.config import ConfigError, RunConfig, TrainConfig
 from kimisys.trainer.model_folder import (
     ModelFolder,
     check_engine,
@@ -22,16 +24,20 @@ def prepare(config: RunConfig) -> tuple[ModelFolder, Task]:
     Raises TaskError, ConfigError, LayoutError, CheckpointError, TokenizerError for what cannot run.
     """
     task = load_task(config.task)
-    if config.model is not None:
-        model = open_model(config.model.resolve())
+    resumed = config.resume and last_checkpoint(config.resume.resolve() / "checkpoints")
+    if resumed:
+        model = open_model(resumed)
+    elif config.model is not None:
+        model = open_model(config.model)
     else:
         model = planned_model(Path("initial"), config.shape, task)
     check_megatron(model.hf_config, config)
-    model.longest(task, task.problems)
-    for one in task.demonstrations[:64]:
-        model.tokenizer.encode(one.completion)
+    model.check_demonstrations(task.demonstrations)
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("--tensorboard needs the package: pip install kimisys[tensorboard]")
     if isinstance(config, TrainConfig):
-        check_engine(model.hf_config, config.engine_tensor_parallel)
+        model.longest(task, [*task.problems, *task.held_out])
+        check_engine(model.hf_config, config.engine_tensor_parallel, "--engine-tensor-parallel")
     elif not task.demonstrations:
         raise TaskError(
             f"--task {config.task} has no demonstrations, so there is nothing to imitate; give the "

@@ -9,6 +9,7 @@ also read such a file, by `read_problems`, and bring its own checker.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -56,6 +57,12 @@ class Task:
     """The end-of-sequence token included."""
     demonstrations: Sequence[Demonstration] = ()
     """What SFT imitates; () means no SFT."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells tasks with other problems apart: a hash of their prompts and answers, in order."""
+        text = "\0".join(f"{problem.prompt}\0{problem.answer}" for problem in self.problems)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def __post_init__(self) -> None:
         _check_members("problems", self.problems, Problem)

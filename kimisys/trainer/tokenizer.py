@@ -55,9 +55,17 @@ class Tokenizer:
         """The tokenizer in `folder`; nothing is fetched. Raises TokenizerError."""
         from transformers import AutoTokenizer  # takes seconds to import
 
+        if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            raise TokenizerError(
+                f"{folder} has neither tokenizer.json nor vocab.json; other kinds of tokenizer "
+                "cannot be copied along with the weights: save it once with transformers' "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
         try:
-            inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            inner = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raises nothing narrower
             raise TokenizerError(
                 f"{folder} has no tokenizer that transformers can read ({error}); copy the files "
                 "of the model's tokenizer there"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kimisys.errors import KimisysError
-from kimisys.trainer.config import ConfigError, SftConfig, ShapeConfig, TrainConfig
-from kimisys.trainer.run_folder import check_resumable, make_folder, saved_config
+from kimisys.trainer.config import ConfigError, RunConfig, SftConfig, ShapeConfig, TrainConfig
+from kimisys.trainer.run_folder import check_resumable, locked, make_folder, resolved, saved_config
 from kimisys.trainer.setting import prepare
 
 
@@ -85,9 +85,41 @@ def test_a_resumed_run_may_change_its_layout_but_not_its_seed(tmp_path: Path) ->
         check_resumable(dataclasses.replace(saved, out=tmp_path), saved)
 
 
-def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["nothing", "model", "other command"])
+def test_a_folder_that_is_no_such_run_cannot_be_resumed(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "config.json"
+    if kind == "model":
+        path.write_text('{"architectures": ["Qwen3ForCausalLM"], "vocab_size": 16}')
+    if kind == "other command":
+        make_folder(RunConfig(out=tmp_path))
+    before = path.read_text() if path.exists() else None
     with pytest.raises(ConfigError, match=r"config\.json is not the configuration"):
         saved_config(tmp_path, TrainConfig)
+    run = kimisys("train", "--resume", str(tmp_path))
+    assert run.returncode == 1
+    assert "is not the configuration" in run.stderr
+    assert before == (path.read_text() if path.exists() else None)
+
+
+def test_paths_are_kept_whole() -> None:
+    config = resolved(TrainConfig(model=Path("m"), task="examples/my_task.py:task"))
+    assert config.model == Path.cwd() / "m"
+    assert config.task == f"{Path.cwd()}/examples/my_task.py:task"
+    assert resolved(TrainConfig(task="p.jsonl")).task == f"{Path.cwd()}/p.jsonl"
+    assert resolved(TrainConfig()) == TrainConfig()
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_frozen_run_cannot_be_resumed(tmp_path: Path) -> None:
+    saved = saved_config(make_folder(TrainConfig(out=tmp_path, freeze_engine=True)), TrainConfig)
+    with pytest.raises(ConfigError, match="--freeze-engine cannot be resumed"):
+        check_resumable(saved, saved)
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_a_killed_rank_of_an_engine_ends_the_run(tmp_path: Path) -> None:
     finally:
         run.kill()
     assert run.returncode == 1, before + rest
+    assert "engine 0" in rest, rest
     assert "EngineError" in rest or "ActorLostError" in rest, rest
     assert f"--resume {out}" in rest
     assert wait_for_nothing() == {}

@@ -81,7 +81,7 @@ def right_sum(problem: Problem, text: str, finished: bool) -> float:
 
 def iterations(engines: ScriptedEngines, **changes: Any) -> tuple[Iterations, ScriptedRanks]:
     config = dataclasses.replace(TrainConfig(), steps=10, prompts=4, samples=4, **changes)
-    ranks, progress = ScriptedRanks(), Progress(Watch(1e-3))
+    ranks, progress = ScriptedRanks(), Progress(Watch(1e-3), "task")
     made = Iterations(
         config,
         task(),

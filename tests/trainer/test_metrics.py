@@ -13,8 +13,8 @@ from run_folders import samples, step_metrics, write_lines
 
 from kimisys.trainer.metrics import (
     RunFolderError,
-    append_metrics,
-    open_metrics,
+    append_record,
+    open_records,
     read_metrics,
     read_samples,
 )
@@ -23,9 +23,9 @@ STEPS = [step_metrics(i, shaped=i % 2 == 0) for i in range(1, 5)]
 
 
 def written(path: Path) -> bytes:
-    with open_metrics(path) as stream:
+    with open_records(path) as stream:
         for metrics in STEPS:
-            append_metrics(stream, metrics)
+            append_record(stream, asdict(metrics))
     return path.read_bytes()
 
 
@@ -44,9 +44,19 @@ def test_a_file_cut_anywhere_gives_its_whole_lines_and_can_be_continued(
     path.write_bytes(kept)
     whole = kept.count(b"\n")
     assert read_metrics(path) == STEPS[:whole]
-    with open_metrics(path) as stream:
-        append_metrics(stream, replace(STEPS[-1], step=9))
+    with open_records(path) as stream:
+        append_record(stream, asdict(replace(STEPS[-1], step=9)))
     assert read_metrics(path) == [*STEPS[:whole], replace(STEPS[-1], step=9)]
+
+
+def test_a_resumed_run_drops_the_steps_that_it_will_do_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path)
+    open_records(path, last_step=2).close()
+    assert read_metrics(path) == STEPS[:2]
+    path.write_text("no record\n")
+    with pytest.raises(RunFolderError, match="delete that line"):
+        open_records(path, last_step=2)
 
 
 def test_a_later_record_of_a_step_replaces_the_earlier(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_file_is_found_from_where_one_stands_and_shadows_nothing(
 def test_the_example_is_a_task_that_the_bundled_tokenizer_can_write() -> None:
     task = load_task(f"{EXAMPLES / 'my_task.py'}:task")
     assert (len(task.problems), len(task.held_out)) == (200, 40)
-    encode = Tokenizer().encode
+    encode = Tokenizer.arithmetic().encode
     right = []
     for problem in (*task.problems, *task.held_out):
         assert problem.answer == problem.prompt.rstrip("=")[::-1]
@@ -163,7 +163,7 @@ def test_the_example_file_is_a_task() -> None:
     for shown in task.demonstrations:
         problem = next(p for p in task.problems if p.prompt == shown.prompt)
         assert task.check(problem, shown.completion, True) == 1.0
-        assert Tokenizer().encode(shown.prompt + shown.completion)
+        assert Tokenizer.arithmetic().encode(shown.prompt + shown.completion)
 
 
 def test_an_answer_that_could_never_be_right_is_refused(write: Write) -> None:

@@ -21,7 +21,7 @@ from kimisys.adapters.megatron import gradients, optimizer_state, pipeline
 from kimisys.adapters.megatron.core import parallel_state
 from kimisys.adapters.megatron.log_probs import gathered_log_probs, target_log_probs
 from kimisys.adapters.megatron.model import Model
-from kimisys.errors import LayoutError
+from kimisys.errors import KimisysError, LayoutError
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ SequenceLoss = Callable[[torch.Tensor, torch.Tensor], LossShare]
 last stage alone: what is to be known of it elsewhere belongs into the statistics."""
 
 _Share = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], LossShare]
+
+
+class NonFiniteGradientError(KimisysError, FloatingPointError):
+    """A gradient is infinite or NaN; the step was not taken."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,7 @@ class Policy:
         norm = gradients.gradient_norm(self._parameters, self._groups)
         if not math.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError(
+            raise NonFiniteGradientError(
                 f"the gradient's norm is {norm} at loss {loss}: the step was not taken; "
                 "lower the learning rate"
             )

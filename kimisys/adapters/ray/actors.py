@@ -72,7 +72,10 @@ class Actors:
             ready, _ = ray.wait([*names, *self._lifetimes], num_returns=1, timeout=left)
             if not ready:
                 late = ", ".join(names.values())
-                raise ActorLostError(f"no answer from {late} within {self._timeout:.0f} s")
+                raise ActorLostError(
+                    f"no answer from {late} within {self._timeout:.0f} s; see what it is doing, or "
+                    "give it longer (--ready-timeout)"
+                )
             name = names.pop(ready[0], None)
             if name is None:
                 raise self._lost(ready[0])
@@ -81,6 +84,7 @@ class Actors:
             except RayTaskError as error:
                 if not isinstance(error.cause, KimisysError):
                     self._blame(error.cause)
+                error.cause.add_note(f"raised in {name}")
                 raise error.cause from error
             except (RayActorError, GetTimeoutError) as error:
                 raise ActorLostError(f"{name} is lost: {error}") from error

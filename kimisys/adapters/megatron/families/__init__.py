@@ -32,6 +32,22 @@ class Family(Protocol):
         """Transformer layers; a pipeline gives each stage as many."""
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads."""
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Columns of the MLP."""
+
+    @property
     def vocabulary_keys(self) -> tuple[str, ...]:
         """Keys of the Megatron tensors whose axis 0 is the padded vocabulary."""
 
