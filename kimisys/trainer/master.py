@@ -17,7 +17,14 @@ from kimisys.trainer.engines import Engines
 from kimisys.trainer.evaluation import evaluate, sample_records
 from kimisys.trainer.iteration import Iterations
 from kimisys.trainer.machine import machine_record
-from kimisys.trainer.metrics import Summary, append_record, open_records, read_metrics, write_json
+from kimisys.trainer.metrics import (
+    SftMetrics,
+    Summary,
+    append_record,
+    open_records,
+    read_metrics,
+    write_json,
+)
 from kimisys.trainer.model_folder import ModelFolder, make_model
 from kimisys.trainer.plot import plot_run
 from kimisys.trainer.processes import processes
@@ -165,7 +172,7 @@ class Master:
                 losses = ranks.one("sft", batches, rates, self._config.clip_gradient)
                 seconds = (time.monotonic() - started) / len(steps)
                 for step, loss, rate in zip(steps, losses, rates, strict=True):
-                    append_record(log, {"step": step + 1, "loss": loss, "learning_rate": rate})
+                    append_record(log, asdict(SftMetrics(step + 1, loss, rate)))
                 progress.step = steps.stop
                 self._display.phase(
                     f"supervised warm-up: step {progress.step}/{sft.steps}, loss {losses[-1]:.3f}"

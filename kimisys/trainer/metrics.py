@@ -59,6 +59,15 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
+class SftMetrics:
+    """One supervised step. loss: mean cross-entropy, nats per token."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
 class Sample:
     """A greedy answer to a held-out problem, before or after RL. tokens: of the completion."""
 
@@ -138,12 +147,18 @@ def write_json(path: Path, record: object) -> None:
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The steps in `path`, in order; of several records of one step (a resumed run) the last.
+    """The RL steps in `path`, in order; of several records of one step (a resumed run) the last.
 
     The unfinished last line of a crash is dropped, keys of newer versions are ignored. Raises
     RunFolderError, naming file and line, for what is not a record.
     """
     steps = {metrics.step: metrics for metrics in _records(path, StepMetrics)}
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_sft(path: Path) -> list[SftMetrics]:
+    """The supervised steps in `path`; tolerant and strict like `read_metrics`."""
+    steps = {metrics.step: metrics for metrics in _records(path, SftMetrics)}
     return [steps[step] for step in sorted(steps)]
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
-from kimisys.trainer.metrics import StepMetrics, Summary
+from kimisys.trainer.metrics import SftMetrics, StepMetrics, Summary
 
 PHASES = ("rollout", "score", "train", "sync")
 _MARKED_UP_TO = 40  # steps: beyond that, marks on a line are mush
@@ -29,6 +29,8 @@ class History:
     steps: Sequence[StepMetrics]
     summary: Summary | None
     gap_bound: float | None
+    sft: Sequence[SftMetrics] = ()
+    """The supervised steps before."""
 
     @property
     def numbers(self) -> list[int]:
@@ -41,7 +43,9 @@ class History:
         return [v if v is not None and math.isfinite(v) else math.nan for v in known]
 
     def has(self, name: str) -> bool:
-        """Whether any step knows this metric."""
+        """Whether any step knows this metric; "sft": whether there were supervised steps."""
+        if name == "sft":
+            return bool(self.sft)
         return any(getattr(s, name) is not None for s in self.steps)
 
     def phase_seconds(self) -> dict[str, list[float]]:
@@ -63,6 +67,7 @@ class Chart:
     unit: str
     needs: str
     draw: Callable[[Axes, History], None]
+    steps: str = "RL step"
 
 
 def _lines(**labels: str) -> Callable[[Axes, History], None]:
@@ -117,6 +122,11 @@ def draw_gaps(axes: Axes, history: History) -> None:
         axes.set_yscale("linear")  # nothing but zeros has no logarithm
 
 
+def _draw_sft(axes: Axes, history: History) -> None:
+    axes.plot([s.step for s in history.sft], [s.loss for s in history.sft])
+    axes.set_ylim(bottom=0)
+
+
 def _draw_sync(axes: Axes, history: History) -> None:
     marker = "." if len(history.steps) <= _MARKED_UP_TO else ""
     milliseconds = [1e3 * s for s in history.values("sync_seconds")]
@@ -148,6 +158,16 @@ LENGTH = Chart(
     "tokens",
     "correct_length",
     _lines(correct_length="right answers", completion_length="all completions"),
+)
+WARM_UP = (
+    Chart(
+        "Supervised loss",
+        "Mean cross-entropy of the demonstrations' tokens, before RL begins.",
+        "nats per token",
+        "sft",
+        _draw_sft,
+        "SFT step",
+    ),
 )
 LEARNING = (
     PASS_RATE,
@@ -314,7 +334,7 @@ def plot_run(path: Path, steps: Sequence[StepMetrics], summary: Summary) -> None
 
 def _draw(axes: Axes, chart: Chart, history: History) -> None:
     chart.draw(axes, history)
-    axes.set(xlabel="RL step", ylabel=chart.unit)
+    axes.set(xlabel=chart.steps, ylabel=chart.unit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))

@@ -24,12 +24,14 @@ from kimisys.trainer.metrics import (
     read_object,
     read_record,
     read_samples,
+    read_sft,
 )
 from kimisys.trainer.plot import (
     AGREEMENT,
     LEARNING,
     SHAPING,
     TIMES,
+    WARM_UP,
     Chart,
     History,
     chart_svg,
@@ -40,6 +42,7 @@ Read = TypeVar("Read")
 Else = TypeVar("Else")
 
 _SECTIONS = (
+    ("Supervised warm-up", "warm-up", WARM_UP),
     ("Learning", "learning", LEARNING),
     ("Length reward and choice of problems", "shaping", SHAPING),
     ("Do trainer and engine agree?", "agreement", AGREEMENT),
@@ -126,7 +129,8 @@ def _history(folder: Path, config: dict[str, Any]) -> History:
     summary = _read_if_there(folder / "summary.json", partial(read_record, kind=Summary), None)
     steps = _read_if_there(folder / "metrics.jsonl", read_metrics, [])
     bound = summary.logprob_gap_bound if summary else _gap_bound(config)
-    return History(steps, summary, bound)
+    sft = _read_if_there(folder / "sft.jsonl", read_sft, [])
+    return History(steps, summary, bound, sft)
 
 
 def _gap_bound(config: dict[str, Any]) -> float | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from kimisys.trainer.config import TrainConfig
 from kimisys.trainer.machine import MachineRecord
-from kimisys.trainer.metrics import Sample, StepMetrics, Summary
+from kimisys.trainer.metrics import Sample, SftMetrics, StepMetrics, Summary
 
 MACHINE = MachineRecord(
     cpu="A processor with four letters",
@@ -99,7 +100,7 @@ def samples(count: int) -> list[Sample]:
     return found
 
 
-def write_lines(path: Path, records: list[StepMetrics] | list[Sample]) -> None:
+def write_lines(path: Path, records: Sequence[StepMetrics | SftMetrics | Sample]) -> None:
     """One JSON object a line, as a run writes them."""
     path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records))
 
@@ -112,6 +113,8 @@ def write_run(folder: Path, steps: int = 30, shaped: bool = False) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "machine.json").write_text(json.dumps(MACHINE))
     (folder / "summary.json").write_text(json.dumps(asdict(summary(steps))))
+    sft = [SftMetrics(i, 2.0 / i, 1e-3) for i in range(1, 51)]
+    write_lines(folder / "sft.jsonl", sft)
     write_lines(folder / "metrics.jsonl", [step_metrics(i, shaped) for i in range(1, steps + 1)])
     write_lines(folder / "samples.jsonl", samples(16))
     return folder

@@ -63,7 +63,7 @@ def test_every_picture_is_there(report: Path, page: Page, width: int, dark: bool
     page.open(report, width, dark)
     assert faults(page) == []
     shaped = "Length reward" in report.read_text()
-    assert page.ask("document.images.length") == (15 if shaped else 10)
+    assert page.ask("document.images.length") == (16 if shaped else 11)
     assert page.ask("getComputedStyle(document.body).backgroundColor") == (
         "rgb(18, 22, 28)" if dark else "rgb(245, 246, 248)"
     )
@@ -75,12 +75,12 @@ ELSEWHERE = "http://example.invalid/curve.png"
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("data:image/svg+xml;base64,PHN2Zz4", ["Reward: did not load"]),
+        ("data:image/svg+xml;base64,PHN2Zz4", ["Pass rate: did not load"]),
         (
             "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'/%3E",
-            ["Reward: shows no curve"],
+            ["Pass rate: shows no curve"],
         ),
-        (ELSEWHERE, ["Reward: did not load", f"asked for {ELSEWHERE}"]),
+        (ELSEWHERE, ["Pass rate: did not load", f"asked for {ELSEWHERE}"]),
     ],
     ids=["broken", "blank", "elsewhere"],
 )
@@ -188,7 +188,7 @@ def test_a_run_that_failed_before_its_first_step(tmp_path: Path, page: Page) -> 
     (folder / "summary.json").write_text(json.dumps(asdict(ended)))
     text = text_of(page, write_report(folder))
     assert "RankError: rank 1 <died>" in text
-    assert "there is no curve" in text
+    assert "No RL step is recorded yet." in text
 
 
 def test_numbers_that_are_none(tmp_path: Path, page: Page) -> None:
