@@ -59,14 +59,17 @@ def open_dist_checkpoint(
 
 def _load(model: Any, folder: Path) -> None:
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about what megatron-core 0.16.1 calls
             state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))
         model.load_state_dict(state["model"])
-    except Exception as error:  # whatever torch, pickle and Megatron find wrong with the files
+    # whatever torch, pickle and Megatron find wrong with the files
+    except (Exception, CheckpointException) as error:
+        reason = str(error).strip().rpartition("\n")[2]
         raise CheckpointError(
-            f"{folder} cannot be loaded into the model of the given configuration: {error}; see "
+            f"{folder} cannot be loaded into the model of the given configuration: {reason}; see "
             "whether it is of this model, and complete"
         ) from error
