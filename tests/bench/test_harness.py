@@ -91,6 +91,8 @@ def test_the_shipped_cases_give_right_answers() -> None:
         reshard.cast("bfloat16", "float32", 1 << 16),
         reshard.strided("transposed", 1 << 16),
         reshard.strided("spread", 1 << 16),
+        reshard.thin_transpose(1 << 15, 2),
+        reshard.thin_transpose(2, 1 << 15),
         reshard.small_copies(50, 1024, bound=False),
         reshard.small_copies(50, 1024, bound=True),
         broadcast.digesting("bfloat16", 1 << 16),
