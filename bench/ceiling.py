@@ -25,9 +25,13 @@ def _library() -> ctypes.CDLL:
         built = Path(folder) / "ceiling.so"
         sources = [ROOT / "bench/ceiling.cpp", ROOT / "csrc/base/thread_pool.cpp"]
         flags = ["-std=c++20", "-O3", "-march=native", "-Wall", "-Wextra", "-shared", "-fPIC"]
-        subprocess.run(
-            ["g++", *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", built, "-pthread"], check=True
-        )
+        command = ["g++", *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", built, "-pthread"]
+        try:
+            subprocess.run(command, check=True)
+        except FileNotFoundError as error:
+            raise RuntimeError(
+                "the ceilings are compiled with g++, which is not installed: install it"
+            ) from error
         library = ctypes.CDLL(str(built))
     for call in (library.ceiling_memcpy, library.ceiling_stream):
         call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -39,19 +43,22 @@ def ceilings(nbytes: int) -> dict[str, Callable[[], None]]:
     """Two peers by name: each moves ``nbytes`` (a multiple of 64) between two arrays of its own.
 
     Raises:
-        ValueError: ``nbytes`` is no multiple of a cache line. AssertionError: a peer does not copy.
+        ValueError: ``nbytes`` is no multiple of a cache line. RuntimeError: there is no g++, or a
+        peer does not copy.
     """
     if nbytes % LINE:
         raise ValueError(f"{nbytes} bytes are no multiple of {LINE}: give whole cache lines")
     source = torch.arange(nbytes // 8)
     destination = torch.zeros_like(source)
-    assert destination.data_ptr() % LINE == 0
+    if destination.data_ptr() % LINE:
+        raise RuntimeError(f"torch's memory is not aligned to {LINE} bytes, as the ceilings need")
     library = _library()
     calls = {"memcpy": library.ceiling_memcpy, "streaming stores": library.ceiling_stream}
     for name, call in calls.items():
         destination.zero_()
         call(destination.data_ptr(), source.data_ptr(), nbytes)
-        assert torch.equal(source, destination), name
+        if not torch.equal(source, destination):
+            raise RuntimeError(f"the ceiling {name!r} does not copy")
 
     def move(call: Callable[[int, int, int], None]) -> None:
         call(destination.data_ptr(), source.data_ptr(), nbytes)

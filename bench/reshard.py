@@ -164,6 +164,36 @@ def strided(kind: str, total: int) -> Case:
     )
 
 
+def thin_transpose(rows: int, columns: int) -> Case:
+    """A bfloat16 matrix with few rows or few columns, held transposed in the source."""
+    total = 2 * rows * columns
+    layout = Layout(
+        [Tensor("w", "bfloat16", [rows, columns])],
+        [Buffer(0, "w", total)],
+        [Fragment("w", Region([0, 0], [rows, columns]), 0, "w", 0, [2, 2 * rows])],
+    )
+    made = plan(layout, matrix(rows, columns, "bfloat16", 0, 1, axis=0))
+    held = random_int16(columns, rows, 0)
+    ours, expected = (torch.zeros(rows, columns, dtype=torch.int16) for _ in "ab")
+    sources, destinations = {(0, "w"): held.numpy()}, {(0, "w"): ours.numpy()}
+
+    def correct() -> bool:
+        expected.copy_(held.t())
+        return torch.equal(ours, expected)
+
+    shape, transposed = (
+        f"[{', '.join('N' if n > 64 else str(n) for n in sizes)}]"
+        for sizes in ((rows, columns), (columns, rows))
+    )
+    return Case(
+        f"{shape} from {transposed}, {total // MIB} MiB",
+        lambda: made.execute(sources, destinations),
+        {"torch copy_": lambda: expected.copy_(held.t())},
+        correct,
+        total,
+    )
+
+
 def small_copies(count: int, nbytes: int, bound: bool) -> Case:
     """Many small tensors in one plan, bound beforehand or not, against a loop of torch copies."""
     shape = [nbytes // 2]
@@ -228,6 +258,8 @@ def cases() -> Iterator[Case]:
     yield cast("bfloat16", "float32", 256 * MIB)
     yield strided("transposed", 64 * MIB)
     yield strided("spread", 64 * MIB)
+    yield thin_transpose(16 * MIB, 2)
+    yield thin_transpose(2, 16 * MIB)
     for kib in (1, 4, 32):
         yield small_copies(5000, kib * 1024, bound=False)
         yield small_copies(5000, kib * 1024, bound=True)

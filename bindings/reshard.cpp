@@ -253,7 +253,9 @@ std::unique_ptr<BoundExecution> bind(const Plan& plan, const py::object& sources
 void bind_plan(py::module_& module) {
   py::class_<BoundExecution>(module, "Execution",
                              "A plan on its memory, checked and cut for its threads.")
-      .def("run", &BoundExecution::run, "Fills the destination buffers. Releases the GIL.");
+      .def("run", &BoundExecution::run,
+           "Fills the destination buffers; a share, the bytes that are its own. Releases the GIL.\n"
+           "Not in two threads at once: both would write the same memory.");
   py::class_<Plan>(module, "Plan",
                    "The copies from a source layout to a destination layout, proven to write each\n"
                    "destination byte exactly once.")
@@ -270,6 +272,9 @@ void bind_plan(py::module_& module) {
       .def_property_readonly("nbytes", &Plan::nbytes,
                              "Bytes of tensor elements written; padding is not counted.")
       .def_property_readonly("proof", &Plan::proof)
+      .def_property_readonly("share_of", &Plan::share_of,
+                             "The one source rank whose bytes this share writes; None for a plan\n"
+                             "of all source ranks.")
       .def("of_rank", &Plan::of_rank, py::arg("destination_rank"),
            "The part that fills one destination rank.")
       .def("of_source", &Plan::of_source, py::arg("source_rank"),
@@ -284,16 +289,20 @@ void bind_plan(py::module_& module) {
           },
           py::arg("sources"), py::arg("destinations"), py::arg("threads") = 0,
           py::arg("implementation") = std::nullopt,
-          "Fills the destination buffers: bind(...).run(). Nothing is written before everything\n"
-          "has been checked.")
+          "Fills the destination buffers once. Nothing is written before everything has been\n"
+          "checked. sources, destinations: from (rank, buffer name) to any C-contiguous buffer of\n"
+          "exactly the layout's size, destinations writable; sources that the plan does not read,\n"
+          "and destinations that a share does not write, may be absent. threads: 0 means all that\n"
+          "the process may use. implementation: one of implementations(), the first by default.\n"
+          "BufferMismatchError: a buffer is missing, of another size, read-only, or overlaps\n"
+          "another. LayoutError: threads is negative or the implementation unknown. Releases the\n"
+          "GIL.")
       .def("bind", &bind, py::arg("sources"), py::arg("destinations"), py::arg("threads") = 0,
            py::arg("implementation") = std::nullopt,
-           "An Execution of this plan, to run again and again on the same memory. Both mappings go "
-           "from (rank, buffer name) to any\n"
-           "C-contiguous buffer of exactly the layout's size; sources that the plan does not read\n"
-           "may be absent. Presence, sizes, writability and overlap are checked here\n"
-           "(BufferMismatchError). Holds the buffers: their memory stays. threads 0 means all\n"
-           "that the process may use; implementation is one of implementations().")
+           "An Execution of this plan, to run again and again on the same memory. Arguments,\n"
+           "checks and errors are those of execute; all checks are made here, none by run. It\n"
+           "holds the buffers, so their memory stays. One Execution must not run in two threads\n"
+           "at once. A share needs only the destination buffers that it writes.")
       .def("__repr__", &repr<Plan>);
   module.def(
       "plan",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import mmap
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.sync.child import serve
+from bench.sync.fused_names import FusedNames
 from kimisys.adapters.megatron import runtime
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
-from kimisys.adapters.megatron.model import Model, build_model
+from kimisys.adapters.megatron.model import build_model
 from kimisys.adapters.megatron.policy import Policy
 from kimisys.broadcast import Publisher, snapshot_layout
 from kimisys.reshard import Layout
@@ -38,7 +38,7 @@ class Rank:
         self._layout = model_layout(self._model, hf_config, rank)
         self._buffers = model_buffers(self._model, rank)
         self._bridge = _bridge(hf_config)
-        self._renamed = Renamed(self._model)
+        self._renamed = FusedNames(self._model)
         self._shared = torch.frombuffer(mmap.mmap(memory, 0), dtype=torch.uint8)
         self._publisher: Publisher | None = None
 
@@ -102,36 +102,6 @@ class Rank:
         if self._publisher is not None:
             self._publisher.close()
         runtime.shutdown()
-
-
-class Renamed(torch.nn.Module):
-    """A Megatron model under the parameter names of Transformer Engine's layer spec, which are
-    those that mbridge 0.15.1 knows: there the norms are part of the linear layers after them."""
-
-    _NAMES = (
-        (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
-        (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
-    )
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.decoder = model.decoder
-        self._parameters_by_name = {
-            self._rename(name): parameter for name, parameter in model.named_parameters()
-        }
-
-    def named_parameters(  # type: ignore[override]
-        self, *_: Any, **__: Any
-    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return iter(self._parameters_by_name.items())
-
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
-        return dict(self._parameters_by_name)
-
-    def _rename(self, name: str) -> str:
-        for local, fused in self._NAMES:
-            name = name.replace(local, fused)
-        return name
 
 
 def _bridge(hf_config: dict[str, Any]) -> Any:

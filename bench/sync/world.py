@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.sync.child import Child
-from kimisys.adapters.megatron.families import family_of
+from kimisys.adapters.megatron.families import family_of, padded_vocab_size
 from kimisys.adapters.vllm.environment import environment
 from kimisys.broadcast import connect, digest
 from kimisys.reshard import Buffer, Fragment, Layout, Region
@@ -51,6 +51,11 @@ class World:
         self._version = 0
         self._addresses = [str(folder / f"rank{rank}") for rank in range(RANKS)]
         self._vocabulary = int(hf_config["vocab_size"])
+        if padded_vocab_size(self._vocabulary, RANKS) != self._vocabulary:
+            raise ValueError(
+                f"vocab_size {self._vocabulary} needs padding on {RANKS} ranks, of which mbridge "
+                "knows nothing here: give a size that needs none"
+            )
         self._open = ExitStack()
         try:
             self._start(dict(hf_config), folder)

@@ -16,7 +16,7 @@
 namespace kimisys {
 namespace {
 
-constexpr std::size_t kMaxWorkers = 256;
+constexpr std::size_t kMaxWorkers = kMaxThreads - 1;
 
 // One parallel_for call. It lives on the caller's stack: the caller leaves only when no ticket for
 // it is queued and no worker is inside it.
@@ -125,7 +125,7 @@ std::size_t hardware_threads() {
 void parallel_for(std::size_t count, std::size_t threads,
                   const std::function<void(std::size_t)>& body) {
   if (threads == 0) threads = hardware_threads();
-  threads = std::min({threads, count, kMaxWorkers + 1});
+  threads = std::min({threads, count, kMaxThreads});
   if (threads <= 1) {
     for (std::size_t i = 0; i < count; ++i) body(i);
     return;

@@ -10,6 +10,9 @@
 
 namespace kimisys {
 
+// As many as one loop may run on, the calling thread included; who asks for more gets these.
+inline constexpr std::size_t kMaxThreads = 257;
+
 // Threads of the machine that this process may run on; at least 1.
 std::size_t hardware_threads();
 

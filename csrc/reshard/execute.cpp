@@ -59,8 +59,9 @@ std::vector<bool> written_buffers(const Plan& plan) {
   const Layout& to = plan.destination();
   std::vector<bool> is_written(to.buffers().size(), !plan.share_of());
   for (const Step& step : plan.steps()) is_written[to.buffer_of(step.destination_fragment)] = true;
-  for (std::size_t i = 0; plan.fills_padding() && i < to.padding().size(); ++i) {
-    is_written[to.buffer_of_padding(i)] = true;
+  if (!plan.fills_padding()) return is_written;
+  for (std::size_t i = 0; i < to.padding().size(); ++i) {
+    if (to.padding()[i].nbytes > 0) is_written[to.buffer_of_padding(i)] = true;
   }
   return is_written;
 }
@@ -174,9 +175,10 @@ Execution::Execution(const Plan& plan, const Memories& sources, const Memories& 
         make_block(plan, step, source_memory[from.buffer_of(step.source_fragment)].data,
                    destination_memory[to.buffer_of(step.destination_fragment)].data));
   }
-  for (std::size_t i = 0; i < to.padding().size(); ++i) {
+  const std::size_t paddings = plan.fills_padding() ? to.padding().size() : 0;
+  for (std::size_t i = 0; i < paddings; ++i) {
     const Padding& padding = to.padding()[i];
-    if (padding.nbytes == 0 || !plan.fills_padding()) continue;
+    if (padding.nbytes == 0) continue;
     made->blanks.push_back(
         {destination_memory[to.buffer_of_padding(i)].data + padding.byte_offset, padding.nbytes});
   }

@@ -44,7 +44,8 @@ class Execution {
   ~Execution();
   Execution(Execution&&) noexcept;
 
-  // Fills every destination buffer: elements from the sources, padding with zeros.
+  // Fills the destination buffers: elements from the sources, padding with zeros. A share writes
+  // its bytes alone. Not from two threads at once: both would write the same memory.
   void run() const;
 
  private:

@@ -82,6 +82,31 @@ bool worth_streaming(const Block& block, bool may_stream) {
   return may_stream && row_bytes(block) >= kShortestStream;
 }
 
+// Squares of a transpose thinner than this are mostly empty.
+constexpr std::int64_t kThinnestTranspose = 16;
+
+// Steps along the long axis of a thin transpose: what they touch stays in the caches until the
+// short axis is done.
+constexpr std::int64_t kThinSteps = 1024;
+
+// The source is dense along `across`, the destination along the last axis, and one of the two is
+// short. The loop runs along the long one.
+void run_thin(Block block, std::size_t across, bool may_stream, const RowSet& rows) {
+  const std::size_t last = block.dims - 1;
+  RowKind kind = may_stream ? RowKind::kGathered : RowKind::kStrided;
+  if (block.axes[across].extent > block.axes[last].extent) {
+    std::swap(block.axes[across], block.axes[last]);
+    kind = RowKind::kStrided;
+  }
+  const Row row = choose_row(block.source_dtype, block.destination_dtype, kind, rows);
+  const Block::Axis along = block.axes[last];
+  for (std::int64_t i = 0; i < along.extent; i += kThinSteps) {
+    block.axes[last].extent = std::min(kThinSteps, along.extent - i);
+    run_axes(block, 0, block.source + i * along.source_stride,
+             block.destination + i * along.destination_stride, row);
+  }
+}
+
 void run_alone(const Block& block, bool may_stream, const RowSet& rows) {
   const Block::Axis& last = block.axes[block.dims - 1];
   const bool stream = worth_streaming(block, may_stream);
@@ -90,9 +115,11 @@ void run_alone(const Block& block, bool may_stream, const RowSet& rows) {
     kind = stream ? RowKind::kStreaming : RowKind::kDense;
   } else if (last.destination_stride == itemsize(block.destination_dtype)) {
     for (std::size_t d = 0; d + 1 < block.dims; ++d) {
-      if (block.axes[d].source_stride == itemsize(block.source_dtype)) {
-        return copy_transposed(block, d, may_stream, rows);
+      if (block.axes[d].source_stride != itemsize(block.source_dtype)) continue;
+      if (std::min(block.axes[d].extent, last.extent) < kThinnestTranspose) {
+        return run_thin(block, d, stream, rows);
       }
+      return copy_transposed(block, d, may_stream, rows);
     }
     if (stream) kind = RowKind::kGathered;
   }
@@ -150,7 +177,7 @@ std::size_t end_of_turns(const std::vector<Block>& blocks, std::size_t i) {
 Work::Work(std::vector<Block> blocks, std::vector<Blank> blanks, std::size_t threads)
     : blocks_(std::move(blocks)),
       blanks_(std::move(blanks)),
-      threads_(threads == 0 ? hardware_threads() : threads) {
+      threads_(threads == 0 ? hardware_threads() : std::min(threads, kMaxThreads)) {
   std::int64_t total = 0;
   for (Block& block : blocks_) {
     collapse(block);

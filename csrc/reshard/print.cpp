@@ -96,9 +96,11 @@ std::ostream& operator<<(std::ostream& stream, const Proof& proof) {
 }
 
 std::ostream& operator<<(std::ostream& stream, const Plan& plan) {
-  return stream << "Plan(" << plan.steps().size() << " copies, " << plan.nbytes()
-                << " bytes, ranks " << ranks_text(plan.source().ranks()) << " -> ranks "
-                << ranks_text(plan.destination().ranks()) << ")";
+  stream << "Plan(" << plan.steps().size() << " copies, " << plan.nbytes() << " bytes, ranks "
+         << ranks_text(plan.source().ranks()) << " -> ranks "
+         << ranks_text(plan.destination().ranks());
+  if (plan.share_of()) stream << ", share of source rank " << *plan.share_of();
+  return stream << ")";
 }
 
 }  // namespace kimisys::reshard

@@ -14,31 +14,29 @@
 namespace kimisys::reshard {
 namespace {
 
-// Bytes before the next multiple of `alignment`.
-[[maybe_unused]] std::size_t bytes_to(std::size_t alignment, const std::byte* address) {
-  return (alignment - reinterpret_cast<std::uintptr_t>(address) % alignment) % alignment;
+[[maybe_unused]] constexpr std::size_t kLineBytes = 64;
+
+// Bytes before the next cache line.
+[[maybe_unused]] std::size_t bytes_to_line(const std::byte* address) {
+  return (kLineBytes - reinterpret_cast<std::uintptr_t>(address) % kLineBytes) % kLineBytes;
 }
 
 }  // namespace
 
 #if defined(__SSE2__)
 void stream_bytes(std::byte* destination, const std::byte* source, std::size_t nbytes) {
-  constexpr std::size_t kVector = sizeof(__m128i);
-  constexpr std::size_t kLine = 4;  // vectors of one cache line
-  const std::size_t head = std::min(nbytes, bytes_to(kVector, destination));
-  std::memcpy(destination, source, head);
-  const auto* from = reinterpret_cast<const __m128i*>(source + head);
-  auto* to = reinterpret_cast<__m128i*>(destination + head);
-  const std::size_t vectors = (nbytes - head) / kVector;
-  std::size_t i = 0;
-  for (; i + kLine <= vectors; i += kLine) {
-    __m128i line[kLine];
-    for (std::size_t k = 0; k < kLine; ++k) line[k] = _mm_loadu_si128(from + i + k);
-    for (std::size_t k = 0; k < kLine; ++k) _mm_stream_si128(to + i + k, line[k]);
+  constexpr std::size_t kVectors = kLineBytes / sizeof(__m128i);
+  std::size_t i = std::min(nbytes, bytes_to_line(destination));
+  std::memcpy(destination, source, i);
+  for (; i + kLineBytes <= nbytes; i += kLineBytes) {
+    const auto* from = reinterpret_cast<const __m128i*>(source + i);
+    auto* to = reinterpret_cast<__m128i*>(destination + i);
+    __m128i line[kVectors];
+    for (std::size_t k = 0; k < kVectors; ++k) line[k] = _mm_loadu_si128(from + k);
+    for (std::size_t k = 0; k < kVectors; ++k) _mm_stream_si128(to + k, line[k]);
   }
-  for (; i < vectors; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
-  const std::size_t done = head + vectors * kVector;
-  std::memcpy(destination + done, source + done, nbytes - done);
+  // A part of a line, streamed, would cost a write of its own: it goes through the caches.
+  std::memcpy(destination + i, source + i, nbytes - i);
 }
 
 void finish_streaming() { _mm_sfence(); }
@@ -54,8 +52,6 @@ void finish_streaming() {}
 #define KIMISYS_AVX512 __attribute__((target("arch=x86-64-v4")))
 
 namespace {
-
-constexpr std::size_t kLineBytes = 64;
 
 void narrow_one(std::byte* destination, const std::byte* source) {
   std::uint32_t wide = 0;
@@ -93,7 +89,7 @@ KIMISYS_AVX512 Wide widen_16(const std::byte* source) {
 
 KIMISYS_AVX512 void stream_bytes_avx512(std::byte* destination, const std::byte* source,
                                         std::size_t nbytes) {
-  std::size_t i = std::min(nbytes, bytes_to(kLineBytes, destination));
+  std::size_t i = std::min(nbytes, bytes_to_line(destination));
   std::memcpy(destination, source, i);
   for (; i + kLineBytes <= nbytes; i += kLineBytes) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(destination + i),
@@ -105,7 +101,7 @@ KIMISYS_AVX512 void stream_bytes_avx512(std::byte* destination, const std::byte*
 KIMISYS_AVX512 void stream_narrow_avx512(std::byte* destination, const std::byte* source,
                                          std::size_t n) {
   constexpr std::size_t kLine = kLineBytes / 2;
-  const std::size_t head = std::min(n, bytes_to(kLineBytes, destination) / 2);
+  const std::size_t head = std::min(n, bytes_to_line(destination) / 2);
   std::size_t i = 0;
   for (; i < head; ++i) narrow_one(destination + 2 * i, source + 4 * i);
   for (; i + kLine <= n; i += kLine) {
@@ -121,7 +117,7 @@ KIMISYS_AVX512 void stream_narrow_avx512(std::byte* destination, const std::byte
 KIMISYS_AVX512 void stream_widen_avx512(std::byte* destination, const std::byte* source,
                                         std::size_t n) {
   constexpr std::size_t kLine = kLineBytes / 4;
-  const std::size_t head = std::min(n, bytes_to(kLineBytes, destination) / 4);
+  const std::size_t head = std::min(n, bytes_to_line(destination) / 4);
   std::size_t i = 0;
   for (; i < head; ++i) widen_one(destination + 4 * i, source + 2 * i);
   for (; i + kLine <= n; i += kLine) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -23,6 +22,10 @@ constexpr std::int64_t kTile = 4 * kSquare;
 struct alignas(64) Square {
   std::array<std::byte, kSquare * kSquare * 8> bytes = {};
 };
+
+// Each thread keeps its two: making and clearing them would cost more than a small part's copies.
+thread_local Square t_before;
+thread_local Square t_after;
 
 // As many words as 16 bytes hold.
 using Words1 = std::uint8_t __attribute__((vector_size(16)));
@@ -127,11 +130,11 @@ class Plane {
                    std::int64_t columns) {
     const std::int64_t pitch = kSquare * item_;
     for (std::int64_t j = 0; j < columns; ++j) {
-      read_(rows, source + j * j_.source_stride, item_, before_->bytes.data() + j * pitch, item_);
+      read_(rows, source + j * j_.source_stride, item_, before_.bytes.data() + j * pitch, item_);
     }
-    turn_(*before_, *after_);
+    turn_(before_, after_);
     for (std::int64_t i = 0; i < rows; ++i) {
-      write_(columns, after_->bytes.data() + i * pitch, item_,
+      write_(columns, after_.bytes.data() + i * pitch, item_,
              destination + i * i_.destination_stride, j_.destination_stride);
     }
   }
@@ -142,8 +145,8 @@ class Plane {
   Row read_;
   Row write_;
   TransposeSquare turn_;
-  std::unique_ptr<Square> before_ = std::make_unique<Square>();
-  std::unique_ptr<Square> after_ = std::make_unique<Square>();
+  Square& before_ = t_before;
+  Square& after_ = t_after;
 };
 
 void copy_planes(const std::vector<Block::Axis>& outer, std::size_t axis, const std::byte* source,

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,8 +113,10 @@ def new_checkpoint(
     tensors: what each safetensors file is to hold, by the file's name; the files lie in the partial
     folder, header and all, before the block begins. Whoever fills them (with `open_for_writing`)
     must be done when it ends. files: further text files by name (config.json, ...). After an error
-    nothing is left; after a crash before the end, a hidden folder .NAME.* at most. Raises
-    CheckpointError if `folder` exists already or cannot be written, or would not open again.
+    nothing is left; after a crash before the end, a hidden folder .NAME.* at most. Errors of the
+    block pass as they are. Raises CheckpointError if `folder` exists already or cannot be written,
+    or would not open again; and, the one error that leaves `folder` whole in its place, if it may
+    not survive a crash.
     """
     folder = Path(folder)
     if folder.exists():
@@ -122,52 +124,70 @@ def new_checkpoint(
     _check_names(folder, tensors)
     try:
         _make_folders(folder.parent)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        partial = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+        partial.mkdir()  # not mkdtemp, which would keep out those whom the umask lets in
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made: {error}; choose another place") from error
     try:
-        for name, held in tensors.items():
-            _write_header(partial / name, held)
+        with _writing(folder):
+            for name, held in tensors.items():
+                _write_header(partial / name, held)
         yield partial
-        for name, text in (files or {}).items():
-            (partial / name).write_text(text)
-        os.chmod(partial, 0o755)
-        # first the contents, then their names, then the one name that makes them valid
-        for entry in (*partial.iterdir(), partial):
-            _sync(entry)
-        os.rename(partial, folder)
-        _sync(folder.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+        with _writing(folder):
+            for name, text in (files or {}).items():
+                (partial / name).write_text(text)
+            # first the contents, then their names, then the one name that makes them valid
+            for entry in (*partial.iterdir(), partial):
+                _sync(entry)
+            os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    try:
+        _sync(folder.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is complete, but its name may not survive a crash: syncing {folder.parent} "
+            f"failed: {error}; see to that disk, then check that the folder opens"
+        ) from error
 
 
 @contextmanager
 def open_for_writing(file: Path | str) -> Iterator[Checkpoint]:
     """Map one file of `new_checkpoint`'s partial folder, to write into its tensors. When the block
-    ends without an error, what was written is on the disk.
+    ends without an error, what was written is on the disk. Its errors pass as they are.
 
-    Raises CheckpointError when the file is missing or malformed.
+    Raises CheckpointError when the file is missing or malformed, or cannot be written.
     """
     file = Path(file)
-    try:
-        with open(file, "r+b") as stream:
+    with _writing(file):
+        stream = open(file, "r+b")  # noqa: SIM115  # closed by the next line
+    with stream:
+        with _writing(file):
             header, mapped, start = _map(file, stream.fileno(), mmap.ACCESS_WRITE)
-            data = memoryview(mapped)[start:]
-            described = [_tensor(file, name, entry, data.nbytes) for name, entry in header.items()]
+        data = memoryview(mapped)[start:]
+        described = [_tensor(file, name, entry, data.nbytes) for name, entry in header.items()]
+        try:
             layout = Layout(
                 [tensor for tensor, _ in described],
                 [Buffer(0, file.name, data.nbytes)],
                 [_whole(tensor, file.name, begin) for tensor, begin in described],
             )
-            yield Checkpoint(file.parent, layout, {(0, file.name): data})
+        except LayoutError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        yield Checkpoint(file.parent, layout, {(0, file.name): data})
+        with _writing(file):
             mapped.flush()
             os.fsync(stream.fileno())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Around our own writing to `path`, never around a caller's block: its errors are its own."""
+    try:
+        yield
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be written: {error}") from error
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def _check_names(folder: Path, tensors: Mapping[str, Sequence[Tensor]]) -> None:

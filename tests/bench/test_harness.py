@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
+import bench
 from bench.__main__ import names, run
-from bench.harness import Case, measure
+from bench.harness import Case, Peer, Record, measure
 
 KEYS = [
     "bench",
@@ -41,6 +42,17 @@ def test_a_record_has_every_field() -> None:
     assert record["low"] <= record["value"] <= record["high"]
     assert [peer["name"] for peer in record["peers"]] == ["peer", "other"]
     assert all(peer["ratio"] > 0 and peer["value"] > 0 for peer in record["peers"])
+
+
+def test_kept_results_have_the_fields_of_a_record() -> None:
+    kept = sorted((Path(bench.__file__).parent / "results").glob("*.json"))
+    assert kept
+    for file in kept:
+        for record in json.loads(file.read_text()):
+            assert list(record) == KEYS == [field.name for field in fields(Record)], file.name
+            assert record["peers"] and record["correct"], file.name
+            for peer in record["peers"]:
+                assert list(peer) == [field.name for field in fields(Peer)], file.name
 
 
 def test_a_wrong_answer_gets_no_time() -> None:
@@ -91,6 +103,8 @@ def test_the_shipped_cases_give_right_answers() -> None:
         reshard.cast("bfloat16", "float32", 1 << 16),
         reshard.strided("transposed", 1 << 16),
         reshard.strided("spread", 1 << 16),
+        reshard.thin_transpose(1 << 15, 2),
+        reshard.thin_transpose(2, 1 << 15),
         reshard.small_copies(50, 1024, bound=False),
         reshard.small_copies(50, 1024, bound=True),
         broadcast.digesting("bfloat16", 1 << 16),

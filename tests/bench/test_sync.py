@@ -43,7 +43,7 @@ def test_every_case_gives_a_right_answer_and_says_where_its_time_goes(world: Wor
     assert [(record.case.rpartition(", ")[2], len(record.peers)) for record in records] == [
         ("served", 1),
         ("moved", 1),
-        ("served", 2),
+        ("against one copy", 2),
     ]
     parts = records[0].parts
     assert parts is not None
@@ -78,6 +78,17 @@ def test_gathered_bits_that_differ_are_found_out_by_name(
     monkeypatch.setattr(world, "usual", damaged)
     faults = world.faults()
     assert len(faults) == 1 and "gathered and published tensors differ: ['model.norm" in faults[0]
+
+
+def test_a_case_that_was_never_looked_at_is_wrong(world: World) -> None:
+    _, *others = cases(world, "tiny")
+    assert [case.correct() for case in others] == [False, False]
+    assert len({case.name for case in cases(world, "tiny")}) == 3
+
+
+def test_a_vocabulary_that_needs_padding_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size 513 needs padding on 2 ranks"):
+        World({**TINY, "vocab_size": 513}, tmp_path)
 
 
 def test_a_process_that_fails_says_what_it_printed() -> None:

@@ -12,29 +12,6 @@ from bench.reshard import MIB, matrix
 from kimisys.reshard import plan
 
 
-def upload(total: int) -> Case:
-    """One landing buffer to the device, against torch's copy of ordinary, pageable memory."""
-    landed = pinned(matrix(1024, total // 2048, "bfloat16", 0, 1, axis=0))[0, "w"].random_()
-    pageable = landed.clone()
-    there, other = (torch.zeros(total, dtype=torch.uint8, device="cuda") for _ in "ab")
-
-    def ours() -> None:
-        there.copy_(landed, non_blocking=True)
-        torch.cuda.synchronize()
-
-    def peer() -> None:
-        other.copy_(pageable)
-        torch.cuda.synchronize()
-
-    return Case(
-        f"pinned → device, {total // MIB} MiB",
-        ours,
-        {"torch copy_ from pageable memory": peer},
-        lambda: torch.equal(there.cpu(), pageable),
-        total,
-    )
-
-
 def land_and_upload(total: int) -> Case:
     """Two column shards (rows of 4 KiB) by a plan into one landing buffer and on to the device,
     against torch's strided copies into pinned memory and on."""
@@ -69,5 +46,4 @@ def land_and_upload(total: int) -> Case:
 
 def cases() -> Iterator[Case]:
     """What `make gpu-check` runs."""
-    yield upload(256 * MIB)
     yield land_and_upload(256 * MIB)

@@ -19,7 +19,17 @@ from sample_layouts import (
 )
 
 from kimisys.errors import BufferMismatchError, LayoutError
-from kimisys.reshard import Buffer, Fragment, Layout, Place, Region, Tensor, implementations, plan
+from kimisys.reshard import (
+    Buffer,
+    Fragment,
+    Layout,
+    Padding,
+    Place,
+    Region,
+    Tensor,
+    implementations,
+    plan,
+)
 
 NUMBER_CASTS = [("float32", "bfloat16"), ("bfloat16", "float32")]
 
@@ -100,6 +110,45 @@ def test_large_plans_are_split_and_streamed_and_still_right(
     cast = cast_bits(bits, source, destination)
     for rank, part in enumerate(np.split(cast, 2, 0)):
         assert np.array_equal(destinations[rank, "w"], part.reshape(-1).view(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["transposed", "spread", "few columns", "few rows"])
+@pytest.mark.parametrize(("source", "destination"), [("bfloat16", "bfloat16"), *NUMBER_CASTS])
+def test_what_is_gathered_or_transposed_past_the_caches_is_right(
+    source: str, destination: str, kind: str
+) -> None:
+    """Odd shapes, into elements off their alignment and off a cache line; every implementation."""
+    size, item = ITEMSIZE[source], ITEMSIZE[destination]
+    count = (33 << 20) // item  # enough to be streamed
+    short = {"few columns": 5, "few rows": 3}.get(kind, 2053)
+    long = count // short | 1
+    shape = (short, long) if kind == "few rows" else (long, short)
+    stored = random_bits([Tensor("w", source, shape[::-1])], 5)["w"]
+    strides = (size, shape[0] * size)
+    if kind == "spread":
+        stored = random_bits([Tensor("w", source, (shape[0], 2 * shape[1]))], 5)["w"]
+        strides = (2 * shape[1] * size, 2 * size)
+    bits = stored[:, ::2] if kind == "spread" else stored.T
+    held = Layout(
+        [Tensor("w", source, shape)],
+        [Buffer(0, "x", stored.nbytes)],
+        [Fragment("w", Region((0, 0), shape), 0, "x", 0, strides)],
+    )
+    cast = np.ascontiguousarray(cast_bits(bits, source, destination)).reshape(-1).view(np.uint8)
+    for offset in (1, item):
+        wanted = Layout(
+            [Tensor("w", destination, shape)],
+            [Buffer(0, "y", offset + cast.nbytes)],
+            [Fragment("w", Region((0, 0), shape), 0, "y", offset, (shape[1] * item, item))],
+            [Padding(0, "y", 0, offset)],
+        )
+        made = plan(held, wanted)
+        assert made.nbytes > 32 << 20
+        for implementation in implementations():
+            written = allocate(wanted, fill=0xEE)[0, "y"]
+            made.execute({(0, "x"): stored}, {(0, "y"): written}, 2, implementation)
+            assert np.array_equal(written[offset:], cast), (implementation, offset)
+            assert not written[:offset].any()
 
 
 @pytest.mark.parametrize("implementation", implementations())
@@ -207,6 +256,15 @@ def test_binding_refuses_what_executing_refuses() -> None:
         PLAN.bind(sources, {key: sources[0, "w"] for key in destinations})
     with pytest.raises(LayoutError, match="threads is -1"):
         PLAN.bind(sources, destinations, threads=-1)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_any_number_of_threads_will_do(implementation: str) -> None:
+    for threads in (1, 1 << 10, 1 << 62, (1 << 63) - 1):
+        sources, destinations = memory()
+        PLAN.execute(sources, destinations, threads, implementation)
+        whole = np.arange(64, dtype=np.uint8).reshape(8, 8)
+        assert destinations[0, "w"].tobytes() == whole[:, :4].tobytes()
 
 
 def test_memory_that_would_be_read_and_written_is_refused() -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kimisys.errors import CheckpointError, KimisysError
-from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, plan
+from kimisys.errors import CheckpointError, KimisysError, LayoutError
+from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, plan, safetensors
 from kimisys.reshard.safetensors import (
     create_checkpoint,
     new_checkpoint,
@@ -321,3 +321,83 @@ def test_only_a_safetensors_file_is_opened_for_writing(tmp_path: Path) -> None:
         open_for_writing(tmp_path / "short.safetensors"),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, BrokenPipeError, KeyboardInterrupt])
+def test_an_error_of_the_block_passes_as_it_is_and_leaves_nothing(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
+    with pytest.raises(kind, match="theirs"), new_checkpoint(tmp_path / "model", FILES):
+        raise kind("theirs")
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(kind, match="theirs"),
+        create_checkpoint(tmp_path / "model", FILES["model.safetensors"]),
+    ):
+        raise kind("theirs")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_that_fails_names_the_folder_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, *_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    for call in ("posix_fallocate", "fsync"):
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(CheckpointError, match=r"model cannot be written: .*No space"),
+        ):
+            patched.setattr(os, call, full)
+            with new_checkpoint(tmp_path / "model", FILES):
+                assert call == "fsync", "the block began"
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_may_not_survive_is_not_called_unwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")) == tmp_path:
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (
+        pytest.raises(CheckpointError, match=r"model is complete, but .* Input/output error"),
+        new_checkpoint(tmp_path / "model", FILES),
+    ):
+        pass
+    assert len(open_checkpoint(tmp_path / "model").layout.tensors) == 3
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_checkpoint_is_as_open_as_the_umask_says(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with new_checkpoint(tmp_path / "model", FILES):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_a_header_that_makes_no_layout_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+
+    def no_layout(*_: object) -> Layout:
+        raise LayoutError("no layout")
+
+    monkeypatch.setattr(safetensors, "Layout", no_layout)
+    with (
+        pytest.raises(CheckpointError, match=r"model\.safetensors: no layout"),
+        open_for_writing(tmp_path / "model.safetensors"),
+    ):
+        pass
+    with pytest.raises(CheckpointError, match="no layout"):
+        open_checkpoint(tmp_path)

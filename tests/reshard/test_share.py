@@ -110,6 +110,28 @@ def test_the_lowest_rank_writes_the_padding() -> None:
     assert [p.destination_bytes for p in proofs] == [5, 2]
 
 
+def test_padding_of_no_bytes_asks_for_no_buffer() -> None:
+    source = sharded("w", "int8", (4,), 0, 2)
+    destination = Layout(
+        [Tensor("w", "int8", (4,))],
+        [Buffer(0, "x", 2), Buffer(0, "y", 2)],
+        [Fragment("w", Region((2 * i,), (2,)), 0, "xy"[i], 0, (1,)) for i in (0, 1)],
+        [Padding(0, "y", 0, 0)],
+    )
+    written = np.zeros(2, np.uint8)
+    share = plan(source, destination).of_source(0)
+    share.execute({(0, "w"): np.ones(2, np.uint8)}, {(0, "x"): written})
+    assert written.all()
+
+
+def test_a_share_says_whose_it_is() -> None:
+    whole = plan(sharded("w", "int8", (8,), 0, 2), sharded("w", "int8", (8,), 0, 1))
+    assert whole.share_of is None and "share" not in repr(whole)
+    share = whole.of_source(1)
+    assert share.share_of == 1
+    assert repr(share).endswith("share of source rank 1)")
+
+
 def test_a_share_of_nobody_is_refused() -> None:
     whole = plan(sharded("w", "int8", (8,), 0, 2), sharded("w", "int8", (8,), 0, 1))
     with pytest.raises(PlanError, match=r"no source rank 2; its ranks are \[0, 1\]"):

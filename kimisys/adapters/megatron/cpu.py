@@ -68,15 +68,13 @@ def _stay(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return tensor
 
 
-def apply() -> bool:
-    """Answer megatron-core's CUDA calls with the CPU; do nothing where CUDA is available.
+def apply() -> None:
+    """Answer megatron-core's CUDA calls with the CPU.
 
-    Returns True when the answers are in place. Idempotent. Must run before a model is built. It
+    Idempotent. Must run before a model is built, which is refused where CUDA is available. It
     changes `torch.cuda.current_device`, `torch.cuda.synchronize` and `torch.Tensor.cuda` for the
     whole process: a Megatron rank is a process of its own.
     """
-    if torch.cuda.is_available():
-        return False
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
     torch.cuda.synchronize = _synchronize
     torch.Tensor.cuda = _stay  # type: ignore[assignment,method-assign]
@@ -85,4 +83,3 @@ def apply() -> bool:
         random_states._CUDA_RNG_STATE_TRACKER = NoRandomStates()
         random_states._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return True

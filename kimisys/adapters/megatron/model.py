@@ -38,8 +38,13 @@ def build_model(
     "meta" for a model without memory, that knows its layout alone. The first stage holds the
     embedding, the last one the final norm and the output layer: its own copy of the embedding where
     the two are tied. Raises LayoutError when the architecture is not supported, or cannot be split
-    over these process groups.
+    over these process groups, and where CUDA is available: we compute on the CPU.
     """
+    if torch.cuda.is_available():
+        raise LayoutError(
+            "this Megatron adapter computes on the CPU, but CUDA is available here and parts of "
+            "Megatron would use it: start the Megatron ranks with CUDA_VISIBLE_DEVICES= (empty)"
+        )
     family = family_of(hf_config)
     if not parallel_state.is_initialized():
         raise LayoutError("there are no Megatron process groups: call runtime.initialize first")

@@ -47,17 +47,35 @@ def accumulate_gradients(
     """Forward and backward passes of all `inputs`; gradients add up in the parameters.
 
     finish: called as `evaluate` does, returns a scalar loss and what to keep of it. Returns what
-    was kept, in order, on the last stage; nothing elsewhere. When `finish` raises, the other stages
-    wait for it until the process group's timeout.
+    was kept, in order, on the last stage; nothing elsewhere. When `finish` raises, all stages raise
+    once the schedule is through: the last one its error, the others a RuntimeError that quotes it.
     """
+    failures: list[Exception] = []
 
-    def close(number: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Result]:
-        loss, kept = finish(logits, number)
-        if not loss.requires_grad:
-            raise ValueError("the loss does not depend on the log-probs: it has no gradient")
+    def close(
+        number: int, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Result | None]:
+        loss, kept = logits.sum() * 0.0, None  # after a failure: the other stages wait for these
+        try:
+            if not failures:
+                loss, kept = _with_gradient(*finish(logits, number))
+        except Exception as error:
+            failures.append(error)
         return loss, torch.tensor(inputs[number].numel(), dtype=torch.int), kept
 
-    return _run(model, inputs, close, backward=True)
+    results = _run(model, inputs, close, backward=True)
+    failure = facts_from_last_stage(repr(failures[0]) if failures else None)
+    if failures:
+        raise failures[0]
+    if failure is not None:
+        raise RuntimeError(f"the last pipeline stage failed: {failure}")
+    return results
+
+
+def _with_gradient(loss: torch.Tensor, kept: Result) -> tuple[torch.Tensor, Result]:
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on the log-probs: it has no gradient")
+    return loss, kept
 
 
 def _run(

@@ -40,10 +40,12 @@ def initialize(
     neighbours; the pipeline's stages take the ranks in order, so stage 0 has the first ones.
 
     Rank 0 listens at `address`:`port` (an IP address; loopback keeps every socket on the loopback
-    interface). `seed` seeds torch's generator: equal on all ranks, because each cuts its shards out
-    of the same initial weights. `timeout_seconds` bounds the meeting here and every later
-    collective. Raises LayoutError for an impossible layout (with `hf_config`, also of the model)
-    before anything starts; TimeoutError, naming the ranks that did not come.
+    interface). `seed`, equal on all ranks, seeds torch's generator: alike for the ranks of one
+    stage, because each cuts its shards out of the same initial weights; 100 further for each stage,
+    as Megatron has it, or all stages would begin with the same layers. `timeout_seconds` bounds the
+    meeting here and every later collective. Raises LayoutError for an impossible layout (with
+    `hf_config`, also of the model) before anything starts; TimeoutError, naming the ranks that did
+    not come.
     """
     check_world(tensor_parallel, pipeline_parallel, world_size)
     if hf_config is not None:
@@ -56,7 +58,7 @@ def initialize(
     store = _meet(rank, world_size, address, port, timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     _form_groups(tensor_parallel, pipeline_parallel, timeout)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
 def shutdown() -> None:

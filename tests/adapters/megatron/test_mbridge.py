@@ -9,7 +9,6 @@ vocabulary, which it otherwise learns from building the model itself, is told to
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from megatron_ranks import memory_buffers, memory_layout, run_ranks
 from tiny_models import FAMILIES, tiny_config
 from transformers import AutoConfig
 
+from bench.sync.fused_names import FusedNames
 from kimisys.adapters.megatron import runtime
 from kimisys.adapters.megatron.core import parallel_state
 from kimisys.adapters.megatron.families import padded_vocab_size
@@ -32,27 +32,6 @@ DEADLINE = 240.0
 # Untied ones first: mbridge notes in a table of the class, for good, that a Qwen's embeddings are
 # tied, and would export every later model of that class as tied.
 CASES = [(family, tied) for tied in (False, True) for family in FAMILIES]
-FUSED_NAMES = {
-    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-}
-"""As in megatron-core's own `sharded_state_dict_keys_map` of the local layer spec."""
-
-
-class FusedNames:
-    """What mbridge asks of a model, with its norms under the names of Transformer Engine's."""
-
-    def __init__(self, model: Model) -> None:
-        self._model, self.decoder = model, model.decoder
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for name, parameter in self._model.named_parameters():
-            for local, fused in FUSED_NAMES.items():
-                name = name.replace(local, fused)
-            yield name, parameter
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self.named_parameters())
 
 
 def export(model: Model, config: dict[str, Any], tensor_parallel: int) -> dict[str, np.ndarray]:

@@ -87,7 +87,7 @@ def test_weights_survive_the_way_through_the_ranks_to_the_bit(
     random, world = np.random.default_rng(2), tensor_parallel * pipeline_parallel
     arrays = {
         t.name: random.standard_normal(tuple(t.shape), np.float32)
-        for t in Qwen3.from_config(config).hf_tensors("float32")
+        for t in family_of(config).hf_tensors("float32")
     }
     layouts, buffers = [], {}
     for rank in range(world):
@@ -243,6 +243,36 @@ def test_a_configuration_with_a_hole_is_refused() -> None:
     config = {name: value for name, value in TINY.items() if name != "num_key_value_heads"}
     with pytest.raises(LayoutError, match="lacks 'num_key_value_heads'"):
         family_of(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", None),
+        ("num_attention_heads", "many"),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", [2]),
+        ("rms_norm_eps", "small"),
+        ("rms_norm_eps", None),
+        ("initializer_range", {}),
+        ("vocab_size", float("inf")),
+        ("rope_parameters", "long"),
+        ("rope_parameters", {"rope_theta": None}),
+    ],
+)
+def test_what_should_be_a_number_and_is_none_is_refused_by_name(name: str, value: object) -> None:
+    key = "rope_theta" if isinstance(value, dict) and value else name
+    if value == 0:  # no head has no size either
+        key = "head_dim"
+    with pytest.raises(LayoutError, match=f"^{key} .*config.json"):
+        family_of({**TINY, "head_dim": None, name: value})
+
+
+def test_a_machine_with_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtime.offline(1, 1, 0, 1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(LayoutError, match="CUDA_VISIBLE_DEVICES="):
+            build_model(TINY, torch.float32)
 
 
 def test_older_configurations_keep_rope_at_the_top() -> None:

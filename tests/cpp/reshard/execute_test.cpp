@@ -129,6 +129,30 @@ TEST_CASE("large copies are split among threads and transposed in squares") {
   }
 }
 
+TEST_CASE("thin transposes, and any number of threads") {
+  for (const DType dtype : {DType::kUInt8, DType::kBFloat16, DType::kInt64}) {
+    const std::int64_t item = itemsize(dtype);
+    for (const auto& [rows, columns] : {std::pair{3L, 5003L}, {5003L, 3L}, {15L, 1025L}}) {
+      const Dims shape = {2, rows, columns};
+      const std::int64_t plane = rows * columns * item;
+      const Layout source({{"w", dtype, shape}}, {{0, "x", 2 * plane}},
+                          {{"w", {{0, 0, 0}, shape}, 0, "x", 0, {plane, item, rows * item}}});
+      const Layout destination(
+          {{"w", dtype, shape}}, {{0, "y", 2 * plane}},
+          {{"w", {{0, 0, 0}, shape}, 0, "y", 0, {plane, columns * item, item}}});
+      const Plan plan = make_plan(share(source), share(destination));
+      Store sources = filled(source);
+      for (const std::string& name : implementations()) {
+        for (const std::size_t threads : {std::size_t{3}, std::size_t{1} << 62, ~std::size_t{0}}) {
+          Store written(destination);
+          execute(plan, sources.memories(), written.memories(), {threads, name});
+          CHECK(written == filled(destination));
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("nothing is written unless everything is in place") {
   const Layout source = sharded("w", DType::kInt8, {8, 8}, 0, 2);
   const Layout destination = sharded("w", DType::kInt8, {8, 8}, 1, 2);

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from kimisys.adapters.megatron.families.numbers import number
 from kimisys.adapters.megatron.families.rope import Rope
 from kimisys.errors import LayoutError
 from kimisys.reshard import Tensor
@@ -53,22 +54,27 @@ class Dense:
     def from_config(cls, hf_config: Mapping[str, Any]) -> Self:
         """Read config.json's contents (transformers 4 or 5). Raises LayoutError for what cannot
         be honoured."""
-        given = {"head_dim": None, **cls.defaults, **hf_config}
+        given = {"head_dim": None, "initializer_range": 0.02, **cls.defaults, **hf_config}
         cls._refuse_variants(given)
         try:
-            heads, hidden = int(given["num_attention_heads"]), int(given["hidden_size"])
+            heads, hidden = (
+                number(given, name, int) for name in ("num_attention_heads", "hidden_size")
+            )
+            # null, as transformers reads it
+            given["num_key_value_heads"] = given["num_key_value_heads"] or heads
+            given["head_dim"] = given["head_dim"] or (hidden // heads if heads else None)
             return cls(
-                vocab_size=int(given["vocab_size"]),
+                vocab_size=number(given, "vocab_size", int),
                 hidden_size=hidden,
-                intermediate_size=int(given["intermediate_size"]),
-                layers=int(given["num_hidden_layers"]),
+                intermediate_size=number(given, "intermediate_size", int),
+                layers=number(given, "num_hidden_layers", int),
                 heads=heads,
-                groups=int(given["num_key_value_heads"] or heads),
-                head_dim=int(given["head_dim"] or hidden // heads),
-                norm_epsilon=float(given["rms_norm_eps"]),
+                groups=number(given, "num_key_value_heads", int),
+                head_dim=number(given, "head_dim", int),
+                norm_epsilon=number(given, "rms_norm_eps", float),
                 rope=Rope.from_config(given),
-                max_positions=int(given["max_position_embeddings"]),
-                initializer_range=float(given.get("initializer_range", 0.02)),
+                max_positions=number(given, "max_position_embeddings", int),
+                initializer_range=number(given, "initializer_range", float),
                 tied=bool(given.get("tie_word_embeddings", False)),
             )
         except KeyError as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kimisys.adapters.megatron.families.numbers import number
 from kimisys.errors import LayoutError
 
 _LLAMA3_CONSTANTS = {
@@ -33,6 +34,11 @@ class Rope:
         that is missing.
         """
         scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            raise LayoutError(
+                f"rope_parameters {scaling!r} of the configuration is no JSON object: "
+                "give the config.json of the checkpoint as it is"
+            )
         given = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0, **hf_config, **scaling}
         if given["partial_rotary_factor"] != 1.0:
             raise LayoutError(
@@ -41,18 +47,18 @@ class Rope:
             )
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind == "default":
-            return cls(float(given["rope_theta"]))
+            return cls(number(given, "rope_theta", float))
         if kind != "llama3":
             raise LayoutError(
                 f"rope_type {kind!r} is not supported: only 'default' and 'llama3' are"
             )
         for name, constant in _LLAMA3_CONSTANTS.items():
-            if float(scaling[name]) != constant:
+            if number(scaling, name, float) != constant:
                 raise LayoutError(
                     f"{name} {scaling[name]!r} of rope_type 'llama3' is not supported: "
                     f"megatron-core always computes with {constant}"
                 )
-        return cls(float(given["rope_theta"]), float(scaling["factor"]))
+        return cls(number(given, "rope_theta", float), number(scaling, "factor", float))
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of megatron-core's GPTModel."""
