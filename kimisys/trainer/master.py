@@ -145,7 +145,8 @@ class Master:
     def _longest(self, config: TrainConfig) -> int:
         """Tokens of the longest prompt and completion that will be sampled, or of the probe."""
         held_out = self._task.held_out[: config.held_out]
-        return self._model.longest(self._task, [*self._task.problems, *held_out]) + 1
+        longest = self._model.longest(self._task, [*self._task.problems, *held_out])
+        return min(longest + 1, int(self._model.hf_config["max_position_embeddings"]))
 
     def _start_ranks(self, ranks: Ranks, resumed: Path | None) -> None:
         ranks.start(resumed or self._model.folder)
