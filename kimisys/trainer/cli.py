@@ -27,6 +27,7 @@ from kimisys.trainer.config import (
 from kimisys.trainer.run_folder import (
     check_resumable,
     command_of,
+    folder_of,
     locked,
     make_folder,
     resolved,
@@ -120,16 +121,19 @@ def _run(config: RunConfig, saved: RunConfig | None, console: Console, started: 
     from kimisys.trainer.setting import prepare
 
     model, task = prepare(config)
-    out = make_folder(config)
-    console.print(f"writing to {out}", highlight=False, soft_wrap=True)
+    out = folder_of(config)
     steps = config.steps if isinstance(config, TrainConfig) else 0
-    try:
-        with locked(out), Display(console, steps) as display:
-            summary = Master(config, out, model, task, display, started).run()
-    except BaseException as error:
-        command = command_of(type(config))
-        error.add_note(f"to go on from the last checkpoint: kimisys {command} --resume {out}")
-        raise
+    display = Display(console, steps)
+    master = Master(config, out, model, task, display, started)
+    with locked(make_folder(config, out)):
+        console.print(f"writing to {out}", highlight=False, soft_wrap=True)
+        try:
+            with display:
+                summary = master.run()
+        except BaseException as error:
+            command = command_of(type(config))
+            error.add_note(f"to go on from the last checkpoint: kimisys {command} --resume {out}")
+            raise
     print_summary(console, summary)
     console.print(
         f"report: {out / 'report.html'}   weights: {out / 'model'}", highlight=False, soft_wrap=True

@@ -99,10 +99,10 @@ class RunConfig:
     Other options given beside it change that (a layout, a number of steps)."""
     model: Path | None = None
     """A Hugging Face folder (config.json, tokenizer, *.safetensors) to start from; if not given, a
-    small random Qwen3 of --shape, with a tokenizer of the arithmetic task's 16 symbols."""
+    small random Qwen3 of --shape, whose tokenizer knows the characters 0123456789+=,# alone."""
     task: str = DEFAULT_TASK
-    """What to learn: MODULE:FUNCTION (a function that returns a kimisys.trainer.task.Task), or a
-    file of problems, FILE.jsonl. docs/tasks.md shows both."""
+    """What to learn: MODULE:FUNCTION or FILE.py:FUNCTION (a function that returns a
+    kimisys.trainer.task.Task), or a file of problems, FILE.jsonl. docs/tasks.md shows all three."""
     seed: int = 1
     """Seeds the random weights, the order of the data and the sampling."""
 
@@ -289,7 +289,9 @@ class EvalConfig(ServeConfig):
     """Measure a model on a task's held-out problems."""
 
     task: str = DEFAULT_TASK
-    """MODULE:FUNCTION or FILE.jsonl, as for train."""
+    """MODULE:FUNCTION, FILE.py:FUNCTION or FILE.jsonl, as for train."""
+    max_tokens: int | None = None
+    """Of a completion; if not given, the task's limit, or what the model has room for."""
     problems: int = 512
     """Held-out problems to measure on; fewer if the task has fewer."""
     json: Path | None = None
@@ -298,6 +300,8 @@ class EvalConfig(ServeConfig):
     def check(self) -> None:
         super().check()
         check_ranges([("--problems", self.problems, 1, MANY)])
+        if self.max_tokens is not None:
+            check_ranges([("--max-tokens", self.max_tokens, 1, MANY)])
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
             raise ConfigError(f"--json {self.json}: name a file in a folder that exists")
 
@@ -308,12 +312,13 @@ class GenerateConfig(ServeConfig):
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts to complete; without any, a prompt a line from standard input."""
-    max_tokens: int = 64
-    """Of a completion."""
+    max_tokens: int | None = None
+    """Of a completion; if not given, 64, or what the model has room for."""
 
     def check(self) -> None:
         super().check()
-        check_ranges([("--max-tokens", self.max_tokens, 1, MANY)])
+        if self.max_tokens is not None:
+            check_ranges([("--max-tokens", self.max_tokens, 1, MANY)])
 
 
 @dataclass(frozen=True)

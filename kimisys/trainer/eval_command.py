@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ def run(config: EvalConfig, console: Console) -> None:
     model = open_model(find_weights(config.folder).resolve())
     check_engine(model.hf_config, config.tensor_parallel, "--tensor-parallel")
     problems = task.held_out[: config.problems]
+    room = model.context - max(len(model.tokenizer.encode_prompt(p.prompt)) for p in problems)
+    limit = config.max_tokens or max(1, min(task.max_completion_tokens, room))
+    task = replace(task, max_completion_tokens=limit)
     longest = model.longest(task, problems)
     started = time.monotonic()
     serving = served(
@@ -45,10 +48,11 @@ def run(config: EvalConfig, console: Console) -> None:
         )
     figures = _figures(rollouts, config.samples)
     console.print(_table(figures))
+    speed = rollouts.tokens / rollouts.seconds
     console.print(
         f"{len(problems)} problems, {config.samples} samples each at temperature "
-        f"{config.temperature:g}, {config.dtype}; {rollouts.tokens / rollouts.seconds:,.0f} "
-        f"tokens/s, {time.monotonic() - started:.0f} s in all; weights: {model.folder}",
+        f"{config.temperature:g}, at most {limit} tokens, {config.dtype}; {speed:,.0f} tokens/s, "
+        f"{time.monotonic() - started:.0f} s in all; weights: {model.folder}",
         highlight=False,
         soft_wrap=True,
     )

@@ -12,6 +12,8 @@ from kimisys.trainer.engines import Sampling
 from kimisys.trainer.model_folder import check_engine, open_model
 from kimisys.trainer.serving import VERSION, find_weights, served
 
+DEFAULT_TOKENS = 64
+
 
 def run(config: GenerateConfig, console: Console) -> None:
     """Complete each prompt and print it with its completions."""
@@ -22,12 +24,13 @@ def run(config: GenerateConfig, console: Console) -> None:
     if not texts:
         raise ConfigError("there is no prompt: give some as arguments, or a line each on stdin")
     prompts = [tokenizer.encode_prompt(text) for text in texts]
-    longest = max(map(len, prompts)) + config.max_tokens
-    context = int(model.hf_config["max_position_embeddings"])
-    if longest > context:
+    longest = max(map(len, prompts))
+    max_tokens = config.max_tokens or max(1, min(DEFAULT_TOKENS, model.context - longest))
+    longest += max_tokens
+    if longest > model.context:
         raise ConfigError(
-            f"the longest prompt and --max-tokens {config.max_tokens} take {longest} tokens, the "
-            f"model has room for {context}; lower --max-tokens"
+            f"the longest prompt and {max_tokens} tokens take {longest}, the model has room for "
+            f"{model.context}; lower --max-tokens or shorten the prompt"
         )
     serving = served(
         model, config.dtype, longest, config.tensor_parallel, config.seed, config.ready_timeout
@@ -36,7 +39,7 @@ def run(config: GenerateConfig, console: Console) -> None:
         how = Sampling(
             config.samples,
             config.temperature,
-            config.max_tokens,
+            max_tokens,
             [tokenizer.eos_id],
             config.seed,
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from kimisys.adapters.ray import Actors
 from kimisys.trainer.checkpoint import Checkpoints
-from kimisys.trainer.config import LOGPROB_GAP_BOUNDS, RunConfig, TrainConfig
+from kimisys.trainer.config import LOGPROB_GAP_BOUNDS, ConfigError, RunConfig, TrainConfig
 from kimisys.trainer.display import Display
 from kimisys.trainer.engines import Engines
 from kimisys.trainer.evaluation import evaluate, sample_records
@@ -66,6 +66,13 @@ class Master:
             raise TaskError(
                 f"the task {config.task} is not what it was when {out} was started: its problems "
                 f"have changed; start another run with --model {out}/model"
+            )
+        done = self._next_step - 1
+        if isinstance(config, TrainConfig) and (
+            done > config.steps or (done == config.steps and (out / "model").exists())
+        ):
+            raise ConfigError(
+                f"the run in {out} has done {done} steps already; give a larger --steps to go on"
             )
         self._seconds_before = self._progress.seconds
         self._after: Evaluation | None = None
@@ -146,7 +153,7 @@ class Master:
         """Tokens of the longest prompt and completion that will be sampled, or of the probe."""
         held_out = self._task.held_out[: config.held_out]
         longest = self._model.longest(self._task, [*self._task.problems, *held_out])
-        return min(longest + 1, int(self._model.hf_config["max_position_embeddings"]))
+        return min(longest + 1, self._model.context)
 
     def _start_ranks(self, ranks: Ranks, resumed: Path | None) -> None:
         ranks.start(resumed or self._model.folder)

@@ -25,6 +25,11 @@ class ModelFolder:
     hf_config: dict[str, Any]
     tokenizer: Tokenizer
 
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its completion may have together."""
+        return int(self.hf_config["max_position_embeddings"])
+
     def files(self, dtype: Dtype) -> dict[str, str]:
         """The other files of a folder with this model's weights in `dtype`."""
         known = {k: v for k, v in self.hf_config.items() if k not in ("torch_dtype", "dtype")}
@@ -39,7 +44,7 @@ class ModelFolder:
         """
         prompts = [self.tokenizer.encode_prompt(problem.prompt) for problem in problems]
         most = max(map(len, prompts)) + task.max_completion_tokens
-        context = int(self.hf_config["max_position_embeddings"])
+        context = self.context
         if most > context:
             raise ConfigError(
                 f"the longest prompt and a completion of {task.max_completion_tokens} tokens take "
@@ -51,7 +56,7 @@ class ModelFolder:
     def check_demonstrations(self, demonstrations: Sequence[Demonstration]) -> None:
         """Raise ConfigError for one that is longer than the model can take, TokenizerError for one
         that cannot be encoded."""
-        context = int(self.hf_config["max_position_embeddings"])
+        context = self.context
         for i, one in enumerate(demonstrations):
             prompt = self.tokenizer.encode_prompt(one.prompt)
             most = len(prompt) + len(self.tokenizer.encode(one.completion)) + 1

@@ -35,10 +35,14 @@ def resolved(config: Config) -> Config:
     return dataclasses.replace(config, task=name, model=model)
 
 
-def make_folder(config: RunConfig) -> Path:
-    """The run's folder, made if need be, with config.json in it. Raises ConfigError."""
-    out = config.resume or config.out
-    out = out or Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}")
+def folder_of(config: RunConfig) -> Path:
+    """The folder of a run that is about to start."""
+    default = Path("runs") / time.strftime(f"%Y%m%d-%H%M%S-seed{config.seed}")
+    return config.resume or config.out or default
+
+
+def make_folder(config: RunConfig, out: Path) -> Path:
+    """Make the folder `out` if need be, with config.json in it. Raises ConfigError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", _record(config))

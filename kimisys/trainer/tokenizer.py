@@ -107,8 +107,8 @@ class Tokenizer:
             ids = list(self._inner.encode(text, add_special_tokens=special))
         except Exception as error:  # tokenizers raises nothing narrower
             raise TokenizerError(
-                f"{self._whose} cannot encode {text!r}: {error}; bring a model whose tokenizer "
-                "can (--model)"
+                f"{self._whose} cannot encode {text!r}: it has no token for some of its "
+                "characters; use others, or a model whose tokenizer knows them"
             ) from error
         if not ids:
             raise TokenizerError(

@@ -11,7 +11,14 @@ import pytest
 
 from kimisys.errors import KimisysError
 from kimisys.trainer.config import ConfigError, RunConfig, SftConfig, ShapeConfig, TrainConfig
-from kimisys.trainer.run_folder import check_resumable, locked, make_folder, resolved, saved_config
+from kimisys.trainer.run_folder import (
+    check_resumable,
+    folder_of,
+    locked,
+    make_folder,
+    resolved,
+    saved_config,
+)
 from kimisys.trainer.setting import prepare
 
 
@@ -71,13 +78,13 @@ def test_a_configuration_comes_back_from_its_folder(tmp_path: Path) -> None:
     config = TrainConfig(
         out=tmp_path / "run", seed=7, steps=3, wire_dtype="bfloat16", sft=SftConfig(steps=9)
     )
-    folder = make_folder(config)
+    folder = make_folder(config, folder_of(config))
     saved = saved_config(folder, TrainConfig)
     assert saved == dataclasses.replace(config, out=None, resume=folder)
 
 
 def test_a_resumed_run_may_change_its_layout_but_not_its_seed(tmp_path: Path) -> None:
-    saved = saved_config(make_folder(TrainConfig(out=tmp_path / "run")), TrainConfig)
+    saved = saved_config(make_folder(TrainConfig(), tmp_path / "run"), TrainConfig)
     check_resumable(dataclasses.replace(saved, tensor_parallel=1, pipeline_parallel=2), saved)
     with pytest.raises(ConfigError, match="--seed cannot be changed"):
         check_resumable(dataclasses.replace(saved, seed=2), saved)
@@ -91,7 +98,7 @@ def test_a_folder_that_is_no_such_run_cannot_be_resumed(tmp_path: Path, kind: st
     if kind == "model":
         path.write_text('{"architectures": ["Qwen3ForCausalLM"], "vocab_size": 16}')
     if kind == "other command":
-        make_folder(RunConfig(out=tmp_path))
+        make_folder(RunConfig(), tmp_path)
     before = path.read_text() if path.exists() else None
     with pytest.raises(ConfigError, match=r"config\.json is not the configuration"):
         saved_config(tmp_path, TrainConfig)
@@ -117,7 +124,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_frozen_run_cannot_be_resumed(tmp_path: Path) -> None:
-    saved = saved_config(make_folder(TrainConfig(out=tmp_path, freeze_engine=True)), TrainConfig)
+    saved = saved_config(make_folder(TrainConfig(freeze_engine=True), tmp_path), TrainConfig)
     with pytest.raises(ConfigError, match="--freeze-engine cannot be resumed"):
         check_resumable(saved, saved)
 
