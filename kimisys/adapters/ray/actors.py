@@ -87,7 +87,7 @@ class Actors:
                 error.cause.add_note(f"raised in {name}")
                 raise error.cause from error
             except (RayActorError, GetTimeoutError) as error:
-                raise ActorLostError(f"{name} is lost: {error}") from error
+                raise ActorLostError(f"{name} is lost: {_brief(str(error))}") from error
         return {name: done[name] for name in pending}
 
     def close(self, seconds: float) -> None:
