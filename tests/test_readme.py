@@ -32,3 +32,8 @@ def test_every_linked_file_exists() -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_no_placeholder_is_left() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert not re.findall(r"@@\w+@@", path.read_text()), path
