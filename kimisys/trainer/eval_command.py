@@ -20,7 +20,7 @@ from kimisys.trainer.task import load_task
 
 
 def run(config: EvalConfig, console: Console) -> None:
-    """Measure, print a table, and write config.json if it was asked for."""
+    """Measure, print a table, and write the file of --json if one was asked for."""
     task = load_task(config.task)
     model = open_model(find_weights(config.folder).resolve())
     check_engine(model.hf_config, config.tensor_parallel, "--tensor-parallel")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +24,8 @@ class ModelFolder:
     folder: Path
     hf_config: dict[str, Any]
     tokenizer: Tokenizer
+    tokenizer_files: Mapping[str, str]
+    """Read once: a run that resumes deletes, in time, the checkpoint that it came from."""
 
     @property
     def context(self) -> int:
@@ -34,7 +36,7 @@ class ModelFolder:
         """The other files of a folder with this model's weights in `dtype`."""
         known = {k: v for k, v in self.hf_config.items() if k not in ("torch_dtype", "dtype")}
         text = json.dumps({**known, "torch_dtype": dtype}, indent=2) + "\n"
-        return {"config.json": text, **read_files(self.folder)}
+        return {"config.json": text, **self.tokenizer_files}
 
     def longest(self, task: Task, problems: Sequence[Problem]) -> int:
         """Tokens of the longest of the prompts with the longest completion that `task` allows.
@@ -73,13 +75,13 @@ def planned_model(folder: Path, shape: ShapeConfig, task: Task) -> ModelFolder:
     prompts = [tokenizer.encode_prompt(p.prompt) for p in (*task.problems, *task.held_out)]
     context = max(map(len, prompts)) + task.max_completion_tokens
     hf_config = shape.hugging_face(len(tokenizer), context, tokenizer.eos_id, tokenizer.pad_id)
-    return ModelFolder(folder, hf_config, tokenizer)
+    return ModelFolder(folder, hf_config, tokenizer, arithmetic_files())
 
 
 def make_model(model: ModelFolder, seed: int) -> None:
     """Write what `planned_model` planned, with random weights; nothing if the folder exists."""
     if not model.folder.exists():
-        write_initial_checkpoint(model.folder, model.hf_config, seed, arithmetic_files())
+        write_initial_checkpoint(model.folder, model.hf_config, seed, model.tokenizer_files)
 
 
 def read_model(folder: Path) -> ModelFolder:
@@ -94,7 +96,7 @@ def read_model(folder: Path) -> ModelFolder:
         ) from error
     if not isinstance(hf_config, dict):
         raise CheckpointError(f"{path} holds no JSON object; copy the model's config.json there")
-    return ModelFolder(folder, hf_config, Tokenizer.read(folder))
+    return ModelFolder(folder, hf_config, Tokenizer.read(folder), read_files(folder))
 
 
 def open_model(folder: Path) -> ModelFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,12 @@ def test_a_made_model_opens(folder: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_the_tokenizer_outlives_its_folder(folder: Path) -> None:
+    model = open_model(folder)
+    shutil.rmtree(folder)
+    assert "tokenizer.json" in model.files("float32")
 
 
 def test_other_shapes_and_dtypes_are_refused(folder: Path) -> None:
