@@ -8,5 +8,6 @@ namespace kimisys::bindings {
 void bind_errors(pybind11::module_& module);
 void bind_reshard(pybind11::module_& module);
 void bind_broadcast(pybind11::module_& module);
+void bind_quantize(pybind11::module_& module);
 
 }  // namespace kimisys::bindings

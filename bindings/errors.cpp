@@ -18,7 +18,7 @@ struct Class {
   const char* doc;
 };
 
-constexpr std::array<Class, 6> kClasses = {{
+constexpr std::array<Class, 7> kClasses = {{
     {ErrorCode::kLayout, "LayoutError", "A bad layout, region or shape, or its text form."},
     {ErrorCode::kPlan, "PlanError", "A plan is impossible, or its proof failed."},
     {ErrorCode::kBufferMismatch, "BufferMismatchError",
@@ -27,6 +27,7 @@ constexpr std::array<Class, 6> kClasses = {{
      "Shared memory, a file descriptor or a socket failed, or a read was torn."},
     {ErrorCode::kVersion, "VersionError", "The version is not published, or does not increase."},
     {ErrorCode::kDigest, "DigestError", "The digests of the two sides differ."},
+    {ErrorCode::kNotFinite, "NotFiniteError", "A weight is NaN or infinite where it must not be."},
 }};
 
 using Classes = std::array<PyObject*, kClasses.size()>;

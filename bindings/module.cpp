@@ -5,5 +5,6 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of kimisys. Use it through kimisys.reshard and kimisys.broadcast.";
   kimisys::bindings::bind_errors(module);
   kimisys::bindings::bind_reshard(module);
+  kimisys::bindings::bind_quantize(module);
   kimisys::bindings::bind_broadcast(module);
 }

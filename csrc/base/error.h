@@ -16,6 +16,7 @@ enum class ErrorCode {
   kSnapshot,        // SnapshotError: shared memory, file descriptors, torn reads, failed OS calls
   kVersion,         // VersionError: not the published version, or not increasing
   kDigest,          // DigestError: digests of the two sides differ
+  kNotFinite,       // NotFiniteError: a weight that is NaN or infinite
 };
 
 class Error : public std::runtime_error {

@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, final
 
 import numpy.typing as npt
@@ -201,3 +202,26 @@ def itemsize(dtype: str) -> int: ...
 def plan(source: Layout, destination: Layout) -> Plan: ...
 def prove(plan: Plan) -> Proof: ...
 def implementations() -> list[str]: ...
+
+@final
+class Quantizer:
+    def __init__(
+        self,
+        source: Layout,
+        quantized: Layout,
+        parts: Sequence[tuple[int, int, int]],
+        block_rows: int,
+        block_columns: int,
+    ) -> None: ...
+    def fill(
+        self,
+        sources: Mapping[tuple[int, str], _Memory],
+        destinations: Mapping[tuple[int, str], _Memory],
+        threads: int = 0,
+        implementation: str | None = None,
+    ) -> None: ...
+
+def check_whole_blocks(
+    layout: Layout, tensors: AbstractSet[str], block_rows: int, block_columns: int
+) -> None: ...
+def quantize_implementations() -> list[str]: ...

@@ -10,6 +10,7 @@ CLASSES = [
     errors.SnapshotError,
     errors.VersionError,
     errors.DigestError,
+    errors.NotFiniteError,
 ]
 
 

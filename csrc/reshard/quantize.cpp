@@ -1,0 +1,279 @@
+#include "reshard/quantize.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <utility>
+
+#include "base/error.h"
+#include "base/thread_pool.h"
+#include "reshard/quantize_kernels.h"
+
+namespace kimisys::reshard {
+namespace {
+
+constexpr auto kBad = ErrorCode::kLayout;
+
+// Source bytes of a unit: in a second-level cache together with what is made of them.
+constexpr std::int64_t kUnitBytes = std::int64_t{256} << 10;
+
+std::int64_t blocks_in(std::int64_t extent, std::int64_t block) {
+  return (extent + block - 1) / block;
+}
+
+const Tensor& tensor_of(const Layout& layout, std::size_t fragment) {
+  return layout.tensors()[layout.tensor_of(fragment)];
+}
+
+// For messages: whose, where, on which rank.
+std::string name_of(const Fragment& fragment) {
+  std::ostringstream text;
+  text << "tensor '" << fragment.tensor << "', region " << fragment.region << " of rank "
+       << fragment.rank;
+  return text.str();
+}
+
+void check_block(BlockShape block) {
+  constexpr std::int64_t kLargest = std::int64_t{1} << 20;
+  KIMISYS_CHECK(
+      std::min(block.rows, block.columns) >= 1 && std::max(block.rows, block.columns) <= kLargest,
+      kBad, "a block of ", block.rows, " x ", block.columns,
+      " elements is impossible; give two sizes from 1 to ", kLargest,
+      ", as config.json's weight_block_size");
+}
+
+void check_source(const Layout& layout, std::size_t index, BlockShape block) {
+  const Fragment& fragment = layout.fragments()[index];
+  const Tensor& tensor = tensor_of(layout, index);
+  KIMISYS_CHECK(tensor.dtype == DType::kBFloat16 || tensor.dtype == DType::kFloat32, kBad,
+                name_of(fragment), ", is ", dtype_name(tensor.dtype),
+                "; only bfloat16 and float32 can be quantized: choose other tensors");
+  check_whole_blocks(layout, index, block);
+}
+
+// One of the two fragments that are written: its dtype, its shape, and dense.
+void check_written(const Layout& layout, std::size_t index, DType dtype, std::int64_t rows,
+                   std::int64_t columns) {
+  const Fragment& fragment = layout.fragments()[index];
+  const std::int64_t item = itemsize(dtype);
+  KIMISYS_CHECK(tensor_of(layout, index).dtype == dtype, kBad, name_of(fragment), ", is ",
+                dtype_name(tensor_of(layout, index).dtype), " where the part needs ",
+                dtype_name(dtype), "; take the layout that quantized() made");
+  KIMISYS_CHECK((fragment.region.extent == Dims{rows, columns}), kBad, name_of(fragment),
+                ", is not ", rows, " x ", columns,
+                " as its source asks; take the layout that quantized() made");
+  KIMISYS_CHECK((fragment.byte_strides == Dims{columns * item, item}), kBad, name_of(fragment),
+                ", is not dense; take the layout that quantized() made");
+}
+
+std::size_t checked(const Layout& layout, std::size_t index) {
+  KIMISYS_CHECK(index < layout.fragments().size(), kBad, "a part names fragment ", index,
+                " of a layout that has ", layout.fragments().size());
+  return index;
+}
+
+void add_units(std::size_t part, const Fragment& fragment, std::int64_t item, BlockShape block,
+               std::vector<QuantizeUnit>& units) {
+  const std::int64_t rows = fragment.region.extent[0];
+  const std::int64_t columns = fragment.region.extent[1];
+  const std::int64_t wide =
+      std::max<std::int64_t>(1, kUnitBytes / (block.rows * item * block.columns));
+  for (std::int64_t row = 0; row < rows; row += block.rows) {
+    for (std::int64_t column = 0; column < columns; column += wide * block.columns) {
+      units.push_back({part, row, column, std::min(block.rows, rows - row),
+                       std::min(wide * block.columns, columns - column)});
+    }
+  }
+}
+
+const QuantizeKernel& choose(const std::string& asked) {
+  std::string name = asked;
+  if (name.empty()) {
+    const char* forced = std::getenv("KIMISYS_RESHARD_IMPLEMENTATION");
+    if (forced != nullptr) name = forced;
+  }
+  if (name.empty()) return quantize_kernels().front();
+  std::string list;
+  for (const QuantizeKernel& kernel : quantize_kernels()) {
+    if (kernel.name == name) return kernel;
+    list.append(list.empty() ? "" : ", ").append(kernel.name);
+  }
+  fail(kBad, "unknown quantize implementation '", name,
+       "' (argument or KIMISYS_RESHARD_IMPLEMENTATION); this machine has ", list);
+}
+
+struct Interval {
+  const std::byte* begin;
+  const std::byte* end;
+  const Buffer* buffer;
+  bool is_destination;
+};
+
+void check_memory(const Buffer& buffer, const Memories& memories, std::size_t index,
+                  bool is_destination, std::vector<Interval>& intervals) {
+  const char* side = is_destination ? "destination" : "source";
+  KIMISYS_CHECK(index < memories.size() && memories[index].has_value(), ErrorCode::kBufferMismatch,
+                side, " buffer '", buffer.name, "' of rank ", buffer.rank,
+                " is missing; pass it under the key (rank, name)");
+  const Memory& memory = *memories[index];
+  KIMISYS_CHECK(memory.nbytes == buffer.nbytes, ErrorCode::kBufferMismatch, side, " buffer '",
+                buffer.name, "' of rank ", buffer.rank, " has ", memory.nbytes,
+                " bytes where the layout says ", buffer.nbytes);
+  KIMISYS_CHECK(!is_destination || memory.writable, ErrorCode::kBufferMismatch,
+                "destination buffer '", buffer.name, "' of rank ", buffer.rank,
+                " is read-only; pass memory that may be written");
+  if (memory.nbytes == 0) return;
+  intervals.push_back({memory.data, memory.data + memory.nbytes, &buffer, is_destination});
+}
+
+// Sources may share memory; nothing may share that of a destination.
+void check_disjoint(std::vector<Interval> intervals) {
+  const std::less<const std::byte*> before;
+  std::sort(intervals.begin(), intervals.end(),
+            [before](const Interval& a, const Interval& b) { return before(a.begin, b.begin); });
+  std::array<const Interval*, 2> furthest = {};  // so far: of sources, of destinations
+  for (const Interval& it : intervals) {
+    for (const Interval* other : furthest) {
+      const bool is_met = other != nullptr && before(it.begin, other->end) &&
+                          (it.is_destination || other->is_destination);
+      KIMISYS_CHECK(!is_met, ErrorCode::kBufferMismatch, "buffer '", it.buffer->name, "' of rank ",
+                    it.buffer->rank, " overlaps the memory of buffer '", other->buffer->name,
+                    "' of rank ", other->buffer->rank, "; give the quantized weights their own");
+    }
+    const Interval*& last = furthest[it.is_destination ? 1 : 0];
+    if (last == nullptr || before(last->end, it.end)) last = &it;
+  }
+}
+
+const std::byte* source_of(const Fragment& fragment, const QuantizeUnit& unit,
+                           const Memory& memory) {
+  return memory.data + fragment.byte_offset + unit.row * fragment.byte_strides[0] +
+         unit.column * fragment.byte_strides[1];
+}
+
+}  // namespace
+
+void check_whole_blocks(const Layout& layout, std::size_t index, BlockShape block) {
+  check_block(block);
+  const Fragment& fragment = layout.fragments()[index];
+  const Tensor& tensor = tensor_of(layout, index);
+  KIMISYS_CHECK(tensor.shape.size() == 2, kBad, name_of(fragment), ", has ", tensor.shape.size(),
+                " dimensions; only matrices have block scales: choose other tensors");
+  if (fragment.region.empty()) return;
+  const std::array<std::int64_t, 2> sizes = {block.rows, block.columns};
+  for (std::size_t d = 0; d < 2; ++d) {
+    const std::int64_t begin = fragment.region.offset[d];
+    const std::int64_t end = begin + fragment.region.extent[d];
+    KIMISYS_CHECK(begin % sizes[d] == 0 && (end % sizes[d] == 0 || end == tensor.shape[d]), kBad,
+                  name_of(fragment), ", cuts a block of ", block.rows, " x ", block.columns,
+                  " in dimension ", d,
+                  ", whose one scale would belong to two fragments; shard this tensor in multiples "
+                  "of the block, or leave it unquantized");
+  }
+}
+
+std::vector<std::string> quantize_implementations() {
+  std::vector<std::string> names;
+  for (const QuantizeKernel& kernel : quantize_kernels()) names.emplace_back(kernel.name);
+  return names;
+}
+
+Quantizer::Quantizer(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> quantized,
+                     std::vector<QuantizedPart> parts, BlockShape block)
+    : source_(std::move(source)),
+      quantized_(std::move(quantized)),
+      parts_(std::move(parts)),
+      block_(block) {
+  check_block(block_);
+  for (std::size_t i = 0; i < parts_.size(); ++i) {
+    const QuantizedPart& part = parts_[i];
+    check_source(*source_, checked(*source_, part.source), block_);
+    const Fragment& from = source_->fragments()[part.source];
+    const std::int64_t rows = from.region.extent[0];
+    const std::int64_t columns = from.region.extent[1];
+    check_written(*quantized_, checked(*quantized_, part.values), DType::kFloat8E4M3FN, rows,
+                  columns);
+    check_written(*quantized_, checked(*quantized_, part.scales), DType::kFloat32,
+                  blocks_in(rows, block_.rows), blocks_in(columns, block_.columns));
+    add_units(i, from, itemsize(tensor_of(*source_, part.source).dtype), block_, units_);
+  }
+}
+
+void Quantizer::fill(const Memories& sources, const Memories& destinations,
+                     const ExecuteOptions& options) const {
+  const QuantizeKernel& kernel = choose(options.implementation);
+  std::vector<Interval> intervals;
+  std::vector<bool> is_read(source_->buffers().size(), false);
+  std::vector<bool> is_written(quantized_->buffers().size(), false);
+  for (const QuantizedPart& part : parts_) {
+    is_read[source_->buffer_of(part.source)] = true;
+    is_written[quantized_->buffer_of(part.values)] = true;
+    is_written[quantized_->buffer_of(part.scales)] = true;
+  }
+  for (std::size_t i = 0; i < is_read.size(); ++i) {
+    if (is_read[i]) check_memory(source_->buffers()[i], sources, i, false, intervals);
+  }
+  for (std::size_t i = 0; i < is_written.size(); ++i) {
+    if (is_written[i]) check_memory(quantized_->buffers()[i], destinations, i, true, intervals);
+  }
+  check_disjoint(std::move(intervals));
+
+  // Units before the first bad one are always run, so that the same one is named every time.
+  std::atomic<std::size_t> bad = units_.size();
+  parallel_for(units_.size(), options.threads, [&](std::size_t index) {
+    if (index > bad.load(std::memory_order_relaxed)) return;
+    const QuantizeUnit& unit = units_[index];
+    const QuantizedPart& part = parts_[unit.part];
+    const Fragment& from = source_->fragments()[part.source];
+    const Fragment& values = quantized_->fragments()[part.values];
+    const Fragment& scales = quantized_->fragments()[part.scales];
+    BlockRow blocks;
+    blocks.source = source_of(from, unit, *sources[source_->buffer_of(part.source)]);
+    blocks.row_stride = from.byte_strides[0];
+    blocks.column_stride = from.byte_strides[1];
+    blocks.dtype = tensor_of(*source_, part.source).dtype;
+    blocks.rows = unit.rows;
+    blocks.columns = unit.columns;
+    blocks.block_columns = block_.columns;
+    blocks.value_stride = values.byte_strides[0];
+    blocks.values = destinations[quantized_->buffer_of(part.values)]->data + values.byte_offset +
+                    unit.row * values.byte_strides[0] + unit.column;
+    blocks.scales = destinations[quantized_->buffer_of(part.scales)]->data + scales.byte_offset +
+                    unit.row / block_.rows * scales.byte_strides[0] +
+                    unit.column / block_.columns * scales.byte_strides[1];
+    if (kernel.run(blocks)) return;
+    std::size_t seen = bad.load();
+    while (index < seen && !bad.compare_exchange_weak(seen, index)) {
+    }
+  });
+  if (bad.load() < units_.size()) fail_at(units_[bad.load()], sources);
+}
+
+void Quantizer::fail_at(const QuantizeUnit& unit, const Memories& sources) const {
+  const std::size_t index = parts_[unit.part].source;
+  const Fragment& fragment = source_->fragments()[index];
+  const DType dtype = tensor_of(*source_, index).dtype;
+  const std::byte* corner = source_of(fragment, unit, *sources[source_->buffer_of(index)]);
+  for (std::int64_t row = 0; row < unit.rows; ++row) {
+    for (std::int64_t column = 0; column < unit.columns; ++column) {
+      const float value = float_at(
+          corner + row * fragment.byte_strides[0] + column * fragment.byte_strides[1], dtype);
+      if (std::isfinite(value)) continue;
+      const Dims place = {fragment.region.offset[0] + unit.row + row,
+                          fragment.region.offset[1] + unit.column + column};
+      fail(ErrorCode::kNotFinite, name_of(fragment), ", is ", value, " at element ",
+           to_string(place),
+           ", which no block scale can hold; nothing of this fill may be moved: "
+           "mend the weights and fill again");
+    }
+  }
+  fail(ErrorCode::kNotFinite, name_of(fragment),
+       ", changed while it was quantized; nothing of this fill may be moved: fill again while "
+       "nobody writes the weights");
+}
+
+}  // namespace kimisys::reshard
