@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
-#include <limits>
+#include <string_view>
 #include <utility>
 
 #include "base/error.h"
@@ -20,6 +20,9 @@ constexpr auto kBad = ErrorCode::kLayout;
 
 // Source bytes of a unit: in a second-level cache together with what is made of them.
 constexpr std::int64_t kUnitBytes = std::int64_t{256} << 10;
+
+// Units that a thread takes in a row, so that it knows what comes next.
+constexpr std::size_t kBatch = 4;
 
 std::int64_t blocks_in(std::int64_t extent, std::int64_t block) {
   return (extent + block - 1) / block;
@@ -90,17 +93,23 @@ void add_units(std::size_t part, const Fragment& fragment, std::int64_t item, Bl
   }
 }
 
-const QuantizeKernel& choose(const std::string& asked) {
+constexpr std::string_view kNaive = "naive";
+
+// The rows of the implementation asked for; null for the naive one.
+const QuantizeRows* choose(const std::string& asked) {
   std::string name = asked;
   if (name.empty()) {
     const char* forced = std::getenv("KIMISYS_RESHARD_IMPLEMENTATION");
     if (forced != nullptr) name = forced;
   }
-  if (name.empty()) return quantize_kernels().front();
+  if (name.empty()) return &quantize_rows().front();
+  if (name == kNaive) return nullptr;
+  for (const QuantizeRows& rows : quantize_rows()) {
+    if (rows.name == name) return &rows;
+  }
   std::string list;
-  for (const QuantizeKernel& kernel : quantize_kernels()) {
-    if (kernel.name == name) return kernel;
-    list.append(list.empty() ? "" : ", ").append(kernel.name);
+  for (const std::string& known : quantize_implementations()) {
+    list.append(list.empty() ? "" : ", ").append(known);
   }
   fail(kBad, "unknown quantize implementation '", name,
        "' (argument or KIMISYS_RESHARD_IMPLEMENTATION); this machine has ", list);
@@ -178,7 +187,8 @@ void check_whole_blocks(const Layout& layout, std::size_t index, BlockShape bloc
 
 std::vector<std::string> quantize_implementations() {
   std::vector<std::string> names;
-  for (const QuantizeKernel& kernel : quantize_kernels()) names.emplace_back(kernel.name);
+  for (const QuantizeRows& rows : quantize_rows()) names.emplace_back(rows.name);
+  names.emplace_back(kNaive);
   return names;
 }
 
@@ -203,9 +213,32 @@ Quantizer::Quantizer(std::shared_ptr<const Layout> source, std::shared_ptr<const
   }
 }
 
+BlockRow Quantizer::block_row(const QuantizeUnit& unit, const Memories& sources,
+                              const Memories& destinations) const {
+  const QuantizedPart& part = parts_[unit.part];
+  const Fragment& from = source_->fragments()[part.source];
+  const Fragment& values = quantized_->fragments()[part.values];
+  const Fragment& scales = quantized_->fragments()[part.scales];
+  BlockRow blocks;
+  blocks.source = source_of(from, unit, *sources[source_->buffer_of(part.source)]);
+  blocks.row_stride = from.byte_strides[0];
+  blocks.column_stride = from.byte_strides[1];
+  blocks.dtype = tensor_of(*source_, part.source).dtype;
+  blocks.rows = unit.rows;
+  blocks.columns = unit.columns;
+  blocks.block_columns = block_.columns;
+  blocks.value_stride = values.byte_strides[0];
+  blocks.values = destinations[quantized_->buffer_of(part.values)]->data + values.byte_offset +
+                  unit.row * values.byte_strides[0] + unit.column;
+  blocks.scales = destinations[quantized_->buffer_of(part.scales)]->data + scales.byte_offset +
+                  unit.row / block_.rows * scales.byte_strides[0] +
+                  unit.column / block_.columns * scales.byte_strides[1];
+  return blocks;
+}
+
 void Quantizer::fill(const Memories& sources, const Memories& destinations,
                      const ExecuteOptions& options) const {
-  const QuantizeKernel& kernel = choose(options.implementation);
+  const QuantizeRows* rows = choose(options.implementation);
   std::vector<Interval> intervals;
   std::vector<bool> is_read(source_->buffers().size(), false);
   std::vector<bool> is_written(quantized_->buffers().size(), false);
@@ -224,31 +257,24 @@ void Quantizer::fill(const Memories& sources, const Memories& destinations,
 
   // Units before the first bad one are always run, so that the same one is named every time.
   std::atomic<std::size_t> bad = units_.size();
-  parallel_for(units_.size(), options.threads, [&](std::size_t index) {
+  const auto run = [&](std::size_t index, bool has_next) {
     if (index > bad.load(std::memory_order_relaxed)) return;
-    const QuantizeUnit& unit = units_[index];
-    const QuantizedPart& part = parts_[unit.part];
-    const Fragment& from = source_->fragments()[part.source];
-    const Fragment& values = quantized_->fragments()[part.values];
-    const Fragment& scales = quantized_->fragments()[part.scales];
-    BlockRow blocks;
-    blocks.source = source_of(from, unit, *sources[source_->buffer_of(part.source)]);
-    blocks.row_stride = from.byte_strides[0];
-    blocks.column_stride = from.byte_strides[1];
-    blocks.dtype = tensor_of(*source_, part.source).dtype;
-    blocks.rows = unit.rows;
-    blocks.columns = unit.columns;
-    blocks.block_columns = block_.columns;
-    blocks.value_stride = values.byte_strides[0];
-    blocks.values = destinations[quantized_->buffer_of(part.values)]->data + values.byte_offset +
-                    unit.row * values.byte_strides[0] + unit.column;
-    blocks.scales = destinations[quantized_->buffer_of(part.scales)]->data + scales.byte_offset +
-                    unit.row / block_.rows * scales.byte_strides[0] +
-                    unit.column / block_.columns * scales.byte_strides[1];
-    if (kernel.run(blocks)) return;
+    BlockRow blocks = block_row(units_[index], sources, destinations);
+    if (has_next) {
+      const BlockRow next = block_row(units_[index + 1], sources, destinations);
+      if (next.column_stride == itemsize(next.dtype)) {
+        blocks.next = {next.source, next.row_stride, next.rows, next.columns * next.column_stride};
+      }
+    }
+    if (rows == nullptr ? quantize_blocks_naive(blocks) : quantize_blocks(blocks, *rows)) return;
     std::size_t seen = bad.load();
     while (index < seen && !bad.compare_exchange_weak(seen, index)) {
     }
+  };
+  const std::size_t batches = (units_.size() + kBatch - 1) / kBatch;
+  parallel_for(batches, options.threads, [&](std::size_t batch) {
+    const std::size_t end = std::min(units_.size(), (batch + 1) * kBatch);
+    for (std::size_t index = batch * kBatch; index < end; ++index) run(index, index + 1 < end);
   });
   if (bad.load() < units_.size()) fail_at(units_[bad.load()], sources);
 }

@@ -10,6 +10,7 @@
 
 #include "reshard/execute.h"
 #include "reshard/layout.h"
+#include "reshard/quantize_kernels.h"
 
 namespace kimisys::reshard {
 
@@ -59,6 +60,8 @@ class Quantizer {
             const ExecuteOptions& options = {}) const;
 
  private:
+  BlockRow block_row(const QuantizeUnit& unit, const Memories& sources,
+                     const Memories& destinations) const;
   [[noreturn]] void fail_at(const QuantizeUnit& unit, const Memories& sources) const;
 
   std::shared_ptr<const Layout> source_;

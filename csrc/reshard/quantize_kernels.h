@@ -1,16 +1,15 @@
-// The implementations behind Quantizer::fill. Memory is checked and disjoint.
+// One row of blocks after the other: what Quantizer::fill runs. Memory is checked and disjoint.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <string_view>
-#include <vector>
 
 #include "base/dtype.h"
+#include "reshard/quantize_rows.h"
 
 namespace kimisys::reshard {
 
-// The blocks of one unit on real addresses; dense rows of values, strides in bytes.
+// Neighbouring blocks on real addresses; dense rows of values, strides in bytes.
 struct BlockRow {
   const std::byte* source = nullptr;
   std::int64_t row_stride = 0;
@@ -21,28 +20,28 @@ struct BlockRow {
   std::int64_t block_columns = 0;
   std::byte* values = nullptr;
   std::int64_t value_stride = 0;
-  std::byte* scales = nullptr;  // float32, one for each block of the unit, dense; any alignment
+  std::byte* scales = nullptr;  // float32, one for each block, dense; any alignment
+
+  // What this thread reads next, to be fetched meanwhile; no rows when it is unknown.
+  struct Next {
+    const std::byte* source = nullptr;
+    std::int64_t row_stride = 0;
+    std::int64_t rows = 0;
+    std::int64_t row_bytes = 0;
+  };
+  Next next;
 };
 
-// False when an element is NaN or infinite; nothing of the unit is written then.
-using QuantizeBlocks = bool (*)(const BlockRow& blocks);
+// False when an element is NaN or infinite; nothing is written then.
+bool quantize_blocks(const BlockRow& blocks, const QuantizeRows& rows);
 
-struct QuantizeKernel {
-  std::string_view name;
-  QuantizeBlocks run;
-};
+// One block after another, one element after another, as the definition says.
+bool quantize_blocks_naive(const BlockRow& blocks);
 
-// Those that this processor can run, fastest first: avx512, avx2, generic, naive.
-const std::vector<QuantizeKernel>& quantize_kernels();
-
-// Bits of the nearest float8_e4m3fn, ties to even; NaN beyond 464, as torch casts.
+// Bits of the nearest float8_e4m3fn, ties to even; NaN beyond 464, as PyTorch casts.
 std::uint8_t float8_bits(float value);
 
 // The element as float32, exactly.
 float float_at(const std::byte* element, DType dtype);
-
-// Elements of magnitude below this do not lower the scale any more.
-inline constexpr float kSmallestAmax = 1e-4F;
-inline constexpr float kLargestFloat8 = 448.0F;
 
 }  // namespace kimisys::reshard
