@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qwen3_tiny import write_config
+from tiny_checkpoints import write_config
 from tiny_models import LLAMA3_ROPE
 from vllm_engine_process import EngineProcess
 
