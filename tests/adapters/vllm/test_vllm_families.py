@@ -28,7 +28,7 @@ FAMILIES = [
     "qwen3_moe",
     "deepseek_v3",
     "glm4_moe",
-    #VL "qwen2_5_vl",
+    "qwen2_5_vl",
 ]
 MOE = ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe"]
 Model = tuple[VllmConfig, dict[str, torch.Tensor]]
