@@ -38,8 +38,8 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from kimisys.adapters.vllm import plugin
 from kimisys.adapters.vllm.layout import build_model, trace_model, trace_vllm_layout
 from kimisys.adapters.vllm.loop import EngineError
-from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.adapters.vllm.pack import Packer
+from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.broadcast import Peers, Pulled, Subscriber, connect
 from kimisys.errors import LayoutError, SnapshotError, VersionError
 from kimisys.reshard import Layout
@@ -161,9 +161,7 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             [
                 trace_model(self._fresh, tensors)
                 if rank == self._rank
-                else trace_vllm_layout(
-                    self.vllm_config, tensors, EngineParallel(self._size), rank
-                )
+                else trace_vllm_layout(self.vllm_config, tensors, EngineParallel(self._size), rank)
                 for rank in range(self._size)
             ]
         )

@@ -16,8 +16,8 @@ import megatron_checkpoint
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import TINY, memory_buffers, memory_layout
 from safetensors.torch import load_file
+from tiny_checkpoints import TINY, memory_buffers, memory_layout
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kimisys.adapters.vllm.layout import build_model, offline_config, trace_vllm_layout
