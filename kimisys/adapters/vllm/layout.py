@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -77,19 +78,28 @@ class RankModel:
     module: torch.nn.Module
     parallel: EngineParallel
     rank: int
+    layers: range | None = None
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Runs vLLM's own loader on the checkpoint's full-size tensors."""
-        with set_current_vllm_config(self.config), as_rank(self.parallel, self.rank):
+        with set_current_vllm_config(self.config), self._as_rank():
             # torch types it as a tensor or a module, as any attribute of a module may be
             cast(Any, self.module).load_weights(iter(weights.items()))
 
+    def _as_rank(self) -> AbstractContextManager[None]:
+        return as_rank(self.parallel, self.rank, self.layers)
+
 
 def build_model(
-    vllm_config: VllmConfig, parallel: EngineParallel, rank: int, device: str = "meta"
+    vllm_config: VllmConfig,
+    parallel: EngineParallel,
+    rank: int,
+    device: str = "meta",
+    layers: range | None = None,
 ) -> RankModel:
     """The model of one rank, before any loading.
 
+    layers: the only ones that are made; None: all of the rank's pipeline stage.
     Raises LayoutError when the model cannot be split so, with vLLM's own reason.
     """
     parallel = parallel.engine
@@ -97,7 +107,11 @@ def build_model(
     parallel.check(config.model_config.hf_text_config.to_dict())
     dtype = cast(torch.dtype, config.model_config.dtype)
     try:
-        with as_rank(parallel, rank), torch.device(device), set_default_torch_dtype(dtype):
+        with (
+            as_rank(parallel, rank, layers),
+            torch.device(device),
+            set_default_torch_dtype(dtype),
+        ):
             module = initialize_model(vllm_config=config)
     except (AssertionError, ValueError) as error:
         raise LayoutError(
@@ -105,14 +119,21 @@ def build_model(
             f"{_reason(error)}; choose sizes that divide heads, key-value heads, hidden sizes and "
             "experts"
         ) from error
-    return RankModel(config, module, parallel, rank)
+    return RankModel(config, module, parallel, rank, layers)
 
 
-def trace_model(model: RankModel, tensors: Sequence[Tensor]) -> Layout:
-    """The layout of a model that was built on the meta device; see ``trace_vllm_layout``."""
+def trace_model(
+    model: RankModel,
+    tensors: Sequence[Tensor],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Layout:
+    """The layout of a model that was built on the meta device; see ``trace_vllm_layout``.
+
+    wanted: which of its parameters the layout is of, by name.
+    """
 
     def parameters() -> dict[str, torch.Tensor]:
-        return dict(model.module.named_parameters())
+        return {name: p for name, p in model.module.named_parameters() if wanted(name)}
 
     try:
         layout = trace_layout(tensors, parameters(), model.load, model.rank, current=parameters)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import vllm.distributed.parallel_state as parallel_state
+from vllm.distributed import utils as partitions
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.models import utils as model_parts
@@ -75,32 +76,45 @@ def _groups(parallel: EngineParallel, rank: int) -> dict[str, Group]:
 
 
 @contextmanager
-def as_rank(parallel: EngineParallel, rank: int) -> Iterator[None]:
+def as_rank(parallel: EngineParallel, rank: int, layers: range | None = None) -> Iterator[None]:
     """This process answers as that rank, for model constructors and loaders.
 
-    Everything that is replaced is put back, a running engine's groups too.
+    layers: those that constructors make, as if the rank's pipeline stage had no others; None: all
+    of its stage. Everything that is replaced is put back, a running engine's groups too.
     """
     groups = _groups(parallel, rank)
     saved: dict[str, Any] = {name: getattr(parallel_state, name) for name in groups}
     ropes = dict(rotary_embedding._ROPE_DICT)
     missing = dict(model_parts._model_to_pp_missing_layer_names)
-    calculate: Any = ExpertMapManager._calculate_expert_maps
+    maps: Any = ExpertMapManager
+    calculate = maps._calculate_expert_maps
 
-    def calculate_on_cpu(maps: ExpertMapManager) -> None:
+    def calculate_on_cpu(manager: ExpertMapManager) -> None:
         # Loaders read these maps; on the meta device they would hold nothing.
         with torch.device("cpu"):
-            calculate(maps)
+            calculate(manager)
+
+    parts: Any = partitions
+    indices = parts.get_pp_indices
+
+    def window(count: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
+        if layers is None:
+            found: tuple[int, int] = indices(count, pp_rank, pp_size)
+            return found
+        return layers.start, layers.stop
 
     try:
         for name, group in groups.items():
             # Not GroupCoordinators, and they must not be, as those communicate.
             setattr(parallel_state, name, group)
-        ExpertMapManager._calculate_expert_maps = calculate_on_cpu  # type: ignore[method-assign]
+        maps._calculate_expert_maps = calculate_on_cpu
+        parts.get_pp_indices = window
         # vLLM remembers the missing layers by a model's address, which the next model may have.
         model_parts._model_to_pp_missing_layer_names.clear()
         yield
     finally:
-        ExpertMapManager._calculate_expert_maps = calculate  # type: ignore[method-assign]
+        maps._calculate_expert_maps = calculate
+        parts.get_pp_indices = indices
         for name, before in saved.items():
             setattr(parallel_state, name, before)
         model_parts._model_to_pp_missing_layer_names.clear()
