@@ -23,7 +23,7 @@ zeros, and costs blocks that lie below it precision. No value exceeds 448, so no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,16 @@ import numpy.typing as npt
 import kimisys._core.reshard as _core
 from kimisys._core.reshard import quantize_implementations as implementations
 from kimisys.errors import LayoutError
-from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, itemsize
+from kimisys.reshard import (
+    Block,
+    Buffer,
+    Fragment,
+    Layout,
+    Region,
+    SymbolicLayout,
+    Tensor,
+    itemsize,
+)
 
 __all__ = [
     "Quantization",
@@ -41,11 +50,12 @@ __all__ = [
     "float8_names",
     "implementations",
     "quantized",
+    "quantized_symbolic",
     "scale_name",
 ]
 
 Bytes = npt.NDArray[np.uint8]
-Block = tuple[int, int]
+BlockShape = tuple[int, int]
 
 VALUES, SCALES = "float8_e4m3fn", "float32"
 _PREFIX = "quantized:"
@@ -67,7 +77,7 @@ class Quantization:
     source: Layout
     layout: Layout
     made: tuple[Buffer, ...]
-    block: Block
+    block: BlockShape
     _quantizer: _core.Quantizer = field(repr=False)
 
     def allocate(self) -> dict[tuple[int, str], Bytes]:
@@ -113,7 +123,7 @@ def quantized(
     bfloat16 or float32, it is unknown, or its scales exist already.
     """
     rows, columns = _checked_block(block)
-    chosen = _choose(source, names)
+    chosen = _choose(source.tensors, names)
     tensors = [tensor for tensor in source.tensors if tensor.name not in chosen]
     for tensor in chosen.values():
         tensors += _quantized_tensors(tensor, (rows, columns))
@@ -141,6 +151,31 @@ def quantized(
     return Quantization(source, layout, made, (rows, columns), quantizer)
 
 
+def quantized_symbolic(
+    source: SymbolicLayout,
+    names: Collection[str] | Callable[[Tensor], bool],
+    block: Sequence[int] = (128, 128),
+) -> SymbolicLayout:
+    """``quantized(...).layout`` block by block of a symbolic layout, to plan from.
+
+    names: of the blocks' tensors, so with "{}" where a layer's number stands, or a predicate on
+    them. What a rank fills is ``quantized(source.of_rank(rank), ...)``, whose layout is this one's
+    ``of_rank(rank)``. Errors are those of ``quantized``.
+    """
+    tables = [layout_block.layout.tensors for layout_block in source.blocks]
+    chosen = _choose([tensor for table in tables for tensor in table], names)
+    made = [
+        Block(
+            quantized(
+                b.layout, [t.name for t in b.layout.tensors if t.name in chosen], block
+            ).layout,
+            b.instances,
+        )
+        for b in source.blocks
+    ]
+    return SymbolicLayout(made, source.places)
+
+
 def float8_names(destination: Layout) -> list[str]:
     """Names of the tensors that a destination wants as float8 values with block scales."""
     held = {tensor.name: tensor.dtype for tensor in destination.tensors}
@@ -160,7 +195,7 @@ def check_whole_blocks(destination: Layout, block: Sequence[int] = (128, 128)) -
     _core.check_whole_blocks(destination, set(float8_names(destination)), rows, columns)
 
 
-def _checked_block(block: Sequence[int]) -> Block:
+def _checked_block(block: Sequence[int]) -> BlockShape:
     if len(block) != 2 or any(size < 1 for size in block):
         raise LayoutError(
             f"weight_block_size {list(block)} is impossible; give two positive sizes, as [128, 128]"
@@ -168,8 +203,10 @@ def _checked_block(block: Sequence[int]) -> Block:
     return int(block[0]), int(block[1])
 
 
-def _choose(source: Layout, names: Collection[str] | Callable[[Tensor], bool]) -> dict[str, Tensor]:
-    table = {tensor.name: tensor for tensor in source.tensors}
+def _choose(
+    tensors: Iterable[Tensor], names: Collection[str] | Callable[[Tensor], bool]
+) -> dict[str, Tensor]:
+    table = {tensor.name: tensor for tensor in tensors}
     if callable(names):
         chosen = {name: tensor for name, tensor in table.items() if names(tensor)}
     else:
@@ -189,7 +226,7 @@ def _choose(source: Layout, names: Collection[str] | Callable[[Tensor], bool]) -
     return chosen
 
 
-def _quantized_tensors(tensor: Tensor, block: Block) -> list[Tensor]:
+def _quantized_tensors(tensor: Tensor, block: BlockShape) -> list[Tensor]:
     if len(tensor.shape) != 2 or tensor.dtype not in ("bfloat16", "float32"):
         raise LayoutError(
             f"tensor {tensor.name!r} is {tensor.dtype}{list(tensor.shape)}; only matrices of "

@@ -10,12 +10,24 @@ from hypothesis import strategies as st
 from sample_layouts import ITEMSIZE, Buffers, allocate, dense_strides, sharded
 
 from kimisys.errors import BufferMismatchError, LayoutError, NotFiniteError
-from kimisys.reshard import Buffer, Fragment, Layout, Padding, Region, Tensor, plan
+from kimisys.reshard import (
+    Block,
+    Buffer,
+    Fragment,
+    Instance,
+    Layout,
+    Padding,
+    Region,
+    SymbolicLayout,
+    Tensor,
+    plan,
+)
 from kimisys.reshard.quantize import (
     check_whole_blocks,
     float8_names,
     implementations,
     quantized,
+    quantized_symbolic,
     scale_name,
 )
 
@@ -213,6 +225,37 @@ def test_each_rank_quantizes_its_own_and_receives_its_own(
     assert np.array_equal(back[0, "quantized:w_scale_inv"], memory(scales))
 
 
+def test_a_symbolic_layout_is_quantized_block_by_block() -> None:
+    """Two layers on two ranks each and an outer block; a rank's part is what the rank makes."""
+    layer = grid("bfloat16", (64, 48), (2, 1), 16)
+    template = Layout(
+        [Tensor("layers.{}.w", "bfloat16", (64, 48)), Tensor("layers.{}.norm", "bfloat16", (48,))],
+        [*layer.buffers, Buffer(0, "{}.norm", 96)],
+        [
+            *(
+                Fragment("layers.{}.w", f.region, f.rank, f.buffer, 0, f.byte_strides)
+                for f in layer.fragments
+            ),
+            Fragment("layers.{}.norm", Region((0,), (48,)), 0, "{}.norm", 0, (2,)),
+        ],
+    )
+    template = Layout.from_json(template.to_json().replace('"w"', '"{}.w"'))
+    blocks = [
+        Block(template, [Instance("0", [0, 1]), Instance("1", [2, 3])]),
+        Block(sharded("head", "bfloat16", (40, 16), 0, 1), [Instance("", [3])]),
+    ]
+    source = SymbolicLayout(blocks)
+    made = quantized_symbolic(source, ["layers.{}.w", "head"], (16, 16))
+    names = {t.name for t in made.tensors}
+    assert {"layers.0.w_scale_inv", "layers.1.w", "layers.1.norm", "head_scale_inv"} <= names
+    for rank in source.ranks:
+        own = source.of_rank(rank)
+        chosen = [t.name for t in own.tensors if len(t.shape) == 2]
+        assert quantized(own, chosen, (16, 16)).layout == made.of_rank(rank)
+    with pytest.raises(LayoutError, match=r"layers\.\{\}\.v are to be quantized"):
+        quantized_symbolic(source, ["layers.{}.v"], (16, 16))
+
+
 def test_what_is_not_chosen_stays_where_it_is() -> None:
     """A fused buffer with padding, of which one tensor is quantized, and one buffer that goes."""
     tensors = [Tensor(name, "bfloat16", (4, 8)) for name in ("a", "b", "c")]
@@ -302,9 +345,7 @@ def test_the_first_number_that_is_not_finite_is_named(
     layout, sources = whole(weights)
     made = quantized(layout, ["w"])
     buffers = made.allocate()
-    with pytest.raises(
-        NotFiniteError, match=r"'w', region.*rank 0, is -?(nan|inf) at .*150, 2300"
-    ):
+    with pytest.raises(NotFiniteError, match=r"'w', region.*rank 0, is -?(nan|inf) at .*150, 2300"):
         made.fill(sources, buffers, threads=2, implementation=implementation)
     weights[150, 2300] = weights[290, 2400] = 1.0
     made.fill({(0, "w"): memory(weights)}, buffers, implementation=implementation)

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization.kv_cache import KVCacheScaleParameter
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -145,8 +146,24 @@ def trace_model(
             f"{model.parallel}: {_reason(error)}; compare their names and shapes with the "
             "model's config.json"
         ) from error
+    layout = _without_kv_scales(layout, parameters())
     _check_covered(layout)
     return layout
+
+
+def _without_kv_scales(layout: Layout, parameters: Mapping[str, torch.Tensor]) -> Layout:
+    """Without the scales of an FP8 model's key-value cache that its checkpoint does not have: vLLM
+    has a default for each, and takes these parameters away after loading."""
+    written = {fragment.buffer for fragment in layout.fragments}
+    unread = {
+        name
+        for name, parameter in parameters.items()
+        if isinstance(parameter, KVCacheScaleParameter) and name not in written
+    }
+    if not unread:
+        return layout
+    buffers = [buffer for buffer in layout.buffers if buffer.name not in unread]
+    return Layout(layout.tensors, buffers, layout.fragments, layout.padding, layout.places)
 
 
 def _check_covered(layout: Layout) -> None:
