@@ -27,6 +27,9 @@ ALLOWED = {
     "kimisys.adapters.vllm": {
         "numpy", "torch", "vllm", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast",
     },
+    "kimisys.adapters.dtensor": {
+        "numpy", "torch", "transformers", "kimisys.errors", "kimisys.reshard",
+    },
     "kimisys.adapters.ray": {"ray", "kimisys.errors"},
     "kimisys.adapters": set(),
     "kimisys.trainer": {
