@@ -4,12 +4,35 @@
 #include <pybind11/operators.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "reshard/layout.h"
+
+// Dims from any sequence of integers.
+template <>
+struct pybind11::detail::type_caster<kimisys::reshard::Dims> {
+  using Dims = kimisys::reshard::Dims;
+  using List = make_caster<std::vector<std::int64_t>>;
+  PYBIND11_TYPE_CASTER(Dims, List::name);
+
+  bool load(handle source, bool convert) {
+    List list;
+    if (!list.load(source, convert)) return false;
+    const auto& items = static_cast<std::vector<std::int64_t>&>(list);
+    value = Dims(items.begin(), items.end());
+    return true;
+  }
+
+  static handle cast(const Dims& dims, return_value_policy, handle) {
+    pybind11::tuple items(dims.size());
+    for (std::size_t d = 0; d < dims.size(); ++d) items[d] = dims[d];
+    return items.release();
+  }
+};
 
 namespace kimisys::bindings {
 
@@ -32,7 +55,11 @@ std::string repr(const T& value) {
   return text.str();
 }
 
-inline py::tuple as_tuple(const Dims& dims) { return py::tuple(py::cast(dims)); }
+inline py::tuple as_tuple(const Dims& dims) {
+  py::tuple tuple(dims.size());
+  for (std::size_t d = 0; d < dims.size(); ++d) tuple[d] = dims[d];
+  return tuple;
+}
 
 // A table of the layout as a tuple of values.
 template <typename T>

@@ -106,10 +106,11 @@ class Plan {
   Proof proof_;
 };
 
-// Plans an interval join per tensor. Of several replicas the source is chosen by same device, then
-// same node, then fewest bytes planned so far from its rank; ties go to the lower fragment index,
-// so the plan depends on nothing but the layouts. Raises PlanError (see prove, and unknown or
-// misshapen tensors, elements without a source, unsupported casts).
+// Plans an interval join per tensor. Of several replicas those on the same device are preferred,
+// then those on the same node; among equally near ones the choice keeps the busiest NIC's bytes low
+// (see choice.h), then the busiest rank's. The plan depends on nothing but the layouts. Raises
+// PlanError (see prove, and unknown or misshapen tensors, elements without a source, unsupported
+// casts).
 Plan make_plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination);
 
 // "[0, 1, 2]", shortened when long.
