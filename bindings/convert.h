@@ -8,6 +8,7 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "reshard/layout.h"
@@ -86,6 +87,24 @@ void bind_value(py::class_<T>& type) {
   type.def("__repr__", &repr<T>).def(py::self == py::self).def("__hash__", [](const T& self) {
     return py::hash(py::str(repr(self)));
   });
+}
+
+// to_bytes, from_bytes and fingerprint. `refused` says what from_bytes raises.
+template <typename T, typename... Options>
+void bind_form(py::class_<T, Options...>& type, const std::string& refused) {
+  type.def(
+          "to_bytes", [](const T& self) { return py::bytes(self.to_bytes()); },
+          "The compact form: equal values give equal bytes.")
+      .def_static(
+          "from_bytes",
+          [](const py::bytes& data) {
+            const auto view = static_cast<std::string_view>(data);
+            const py::gil_scoped_release release;
+            return T::from_bytes(view);
+          },
+          py::arg("data"), ("Reads to_bytes' form; " + refused).c_str())
+      .def_property_readonly("fingerprint", &T::fingerprint,
+                             "32 hexadecimal digits, 128 bits over to_bytes().");
 }
 
 }  // namespace kimisys::bindings

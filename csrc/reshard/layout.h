@@ -24,6 +24,9 @@ inline constexpr std::int64_t kMaxBytes = std::int64_t{1} << 50;
 // Nor are all buffers of a layout together (4 EiB).
 inline constexpr std::int64_t kMaxTotalBytes = std::int64_t{1} << 62;
 
+// No name in a compact form or a symbolic layout is longer, in bytes.
+inline constexpr std::size_t kMaxName = 1024;
+
 // A logical parameter in checkpoint coordinates. A shape may be empty (0-d) or hold zeros.
 struct Tensor {
   std::string name;
@@ -150,6 +153,14 @@ class Layout {
   // is malformed raises LayoutError.
   std::string to_json() const;
   static Layout from_json(std::string_view text);
+
+  // The compact form (see bytes.cpp): equal values give equal bytes. from_bytes treats them as
+  // hostile: whatever is malformed raises LayoutError.
+  std::string to_bytes() const;
+  static Layout from_bytes(std::string_view bytes);
+
+  // 32 hexadecimal digits that stand for to_bytes().
+  std::string fingerprint() const;
 
   bool operator==(const Layout&) const = default;
 

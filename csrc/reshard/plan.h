@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "reshard/layout.h"
@@ -97,6 +98,15 @@ class Plan {
   // rank, so the shares of all source ranks together write each destination byte exactly once.
   // Raises PlanError if the source has no such rank.
   Plan of_source(std::int64_t source_rank) const;
+
+  // The compact form (see bytes.cpp): equal values give equal bytes. from_bytes treats them as
+  // hostile: whatever is malformed raises LayoutError or PlanError, and the
+  // steps are proven again.
+  std::string to_bytes() const;
+  static Plan from_bytes(std::string_view bytes);
+
+  // 32 hexadecimal digits that stand for to_bytes().
+  std::string fingerprint() const;
 
  private:
   std::shared_ptr<const Layout> source_;

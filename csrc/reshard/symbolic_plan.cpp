@@ -92,6 +92,13 @@ SymbolicPlan::SymbolicPlan(std::shared_ptr<const SymbolicLayout> source,
   index();
 }
 
+SymbolicPlan::SymbolicPlan(std::shared_ptr<const SymbolicLayout> source,
+                           std::shared_ptr<const SymbolicLayout> destination,
+                           std::vector<Group> groups)
+    : source_(std::move(source)), destination_(std::move(destination)), groups_(std::move(groups)) {
+  index();
+}
+
 void SymbolicPlan::index() {
   for (const LayoutBlock& block : destination_->blocks()) {
     member_of_.emplace_back(block.instances.size());
