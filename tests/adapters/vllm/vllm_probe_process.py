@@ -1,8 +1,8 @@
 """vLLM's own ``LLM``, updated by the backend ``kimisys``, beside one that loads the same from disk.
 
 As a script. Arguments: JSON with "before" and "after" (folders of checkpoints), "address" (of a
-publisher of "after" as version 1), "tensor_parallel", "stale" (whether to update once before with
-what attention layers derive left as it is), "answers" (the file for log-probs, .npz).
+publisher of "after" as version 1), "tensor_parallel", "expert_parallel", "stale" (whether to update
+once before with what attention layers derive left as it is), "answers" (the file for log-probs).
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from kimisys.adapters.vllm import pack
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 28, 0, 17, 11]
 
 
-def engine(folder: str, tensor_parallel: int) -> LLM:
+def engine(folder: str, tensor_parallel: int, expert_parallel: bool) -> LLM:
     return LLM(
         folder,
         dtype="float32",
         skip_tokenizer_init=True,
         enforce_eager=True,
         tensor_parallel_size=tensor_parallel,
+        enable_expert_parallel=expert_parallel,
         max_model_len=64,
         max_num_seqs=4,
         enable_prefix_caching=False,
@@ -59,7 +60,7 @@ def update(llm: LLM) -> None:
 def main(case: dict[str, Any]) -> None:
     found: dict[str, np.ndarray] = {}
     for folder in ("after", "before"):
-        llm = engine(case[folder], case["tensor_parallel"])
+        llm = engine(case[folder], case["tensor_parallel"], case["expert_parallel"])
         found[folder], found[f"{folder} again"] = probe(llm), probe(llm)
         if folder == "after":
             llm.llm_engine.engine_core.shutdown()
