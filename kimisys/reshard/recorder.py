@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -66,10 +67,14 @@ class Recorder(TorchDispatchMode):
 
     All tensors are on the meta device and contiguous. Raises TraceError, naming tensor and
     operation, for what cannot be followed: at the operation, or at the end of the block.
+    guarded: tensors that must not be copied to: what lands there would be lost from sight.
     """
 
     def __init__(
-        self, sources: Mapping[str, torch.Tensor], destinations: Mapping[str, torch.Tensor]
+        self,
+        sources: Mapping[str, torch.Tensor],
+        destinations: Mapping[str, torch.Tensor],
+        guarded: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.writes: list[Write] = []
@@ -79,6 +84,11 @@ class Recorder(TorchDispatchMode):
         for role, tensors in (("source", sources), ("destination", destinations)):
             for name, tensor in tensors.items():
                 self._register(name, tensor, role)
+        for name, tensor in (guarded or {}).items():
+            if tensor.numel():
+                self._alive.append(tensor)
+                known = Storage(name, tuple(tensor.shape), tensor.dtype, "guarded")
+                self._storages.setdefault(storage_key(tensor), known)
 
     def _register(self, name: str, tensor: torch.Tensor, role: str) -> None:
         if tensor.device.type != "meta" or not tensor.is_contiguous():
@@ -141,6 +151,11 @@ class Recorder(TorchDispatchMode):
             raise TraceError(
                 f"the function writes into source {to.name!r}; sources must stay as they are"
             )
+        if to.role == "guarded":
+            raise TraceError(
+                f"the function loads into {to.name!r}, which is not one of the parameters that are "
+                "traced; make it a parameter, or derive it after loading"
+            )
         piece = Piece(tuple(destination.shape), (_side(destination), _side(source)))
         for part, root in self._resolve(piece, origin, to.name):
             if to.role == "destination":
@@ -193,10 +208,8 @@ class Recorder(TorchDispatchMode):
         return found
 
     def _refuse_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, name in _written(func):
+            value = args[position] if position < len(args) else kwargs.get(name)
             for tensor in value if isinstance(value, (tuple, list)) else [value]:
                 known = None
                 if isinstance(tensor, torch.Tensor):
@@ -242,6 +255,16 @@ class Recorder(TorchDispatchMode):
             sizes = [part.shape[dim] for part in args[0]]
             return list(zip(output.split(sizes, dim), args[0], strict=True))
         return None
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operation writes to."""
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
 def _covered(
