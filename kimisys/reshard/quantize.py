@@ -78,7 +78,7 @@ class Quantization:
     layout: Layout
     made: tuple[Buffer, ...]
     block: BlockShape
-    _quantizer: _core.Quantizer = field(repr=False)
+    _quantizer: _core.Quantizer = field(repr=False, compare=False)
 
     def allocate(self) -> dict[tuple[int, str], Bytes]:
         """New memory for ``made``: {(rank, name): uint8[nbytes]}, zeros."""
@@ -114,9 +114,9 @@ def quantized(
 ) -> Quantization:
     """The layout that remains when chosen matrices of ``source`` are quantized where they are.
 
-    source: any layout, of one rank or of many; the result for a rank is the same. A pipeline's
-    last rank may hold none of the chosen tensors. names: names of the tensors, all of which must be
-    in the layout, or a predicate. block: sizes of a block in rows and columns, weight_block_size.
+    source: any layout, of one rank or of many; the result for a rank is the same. names: names of
+    the tensors, all of which must be in its table, or a predicate. block: sizes of a block in rows
+    and columns, config.json's weight_block_size.
     Fragments of chosen tensors get new dense buffers, named after the tensor with "quantized:"
     before it; buffers of which nothing else is left disappear from the layout.
     LayoutError, naming tensor, region and rank: a fragment cuts a block, the tensor is no matrix of
@@ -143,8 +143,8 @@ def quantized(
         name, region = scale_name(fragment.tensor), Region(offset, scales)
         fragments.append(_dense(name, region, fragment.rank, SCALES, sizes))
     made = tuple(Buffer(rank, name, nbytes) for (rank, name), nbytes in sizes.items())
-    kept = [b for b in source.buffers if (b.rank, b.name) in _kept(source, chosen)]
-    left = {(b.rank, b.name) for b in kept}
+    left = {(f.rank, f.buffer) for f in source.fragments if f.tensor not in chosen}
+    kept = [b for b in source.buffers if (b.rank, b.name) in left]
     padding = [p for p in source.padding if (p.rank, p.buffer) in left]
     layout = Layout(tensors, [*kept, *made], fragments, padding, source.places)
     quantizer = _core.Quantizer(source, layout, parts, rows, columns)
@@ -247,8 +247,3 @@ def _dense(
     start = sizes.setdefault(key, 0)
     sizes[key] += region.elements * item
     return Fragment(tensor, region, rank, key[1], start, [region.extent[1] * item, item])
-
-
-def _kept(source: Layout, chosen: Mapping[str, Tensor]) -> set[tuple[int, str]]:
-    """Buffers of the source that hold something that is not quantized."""
-    return {(f.rank, f.buffer) for f in source.fragments if f.tensor not in chosen}
