@@ -46,8 +46,8 @@ fuzz: .venv/.packages .venv/.fuzz-packages  ## Fuzz the compact forms with libFu
 	@mkdir -p build
 	@cmake -S . -B build/fuzz -G Ninja -DKIMISYS_FUZZ=ON -DCMAKE_CXX_COMPILER=clang++ \
 	  >build/fuzz.log 2>&1 || { cat build/fuzz.log; exit 1; }
-	@cmake --build build/fuzz
-	build/fuzz/forms_mutations --corpus build/fuzz/corpus
+	@cmake --build build/fuzz --target forms_fuzz forms_corpus
+	build/fuzz/forms_corpus --corpus build/fuzz/corpus
 	build/fuzz/forms_fuzz -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -timeout=10 \
 	  -artifact_prefix=build/fuzz/ -print_final_stats=1 build/fuzz/corpus
 

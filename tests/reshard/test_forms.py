@@ -161,12 +161,19 @@ def test_a_fingerprint_stands_for_the_value() -> None:
 
 def test_a_fingerprint_is_the_same_in_other_processes() -> None:
     program = (
-        "import sys; sys.path.insert(0, 'tests/reshard')\n"
-        "from test_forms import small, values\n"
-        "print(*(value.fingerprint for value in values(small(list, False))))"
+        "import sys; from kimisys.reshard import SymbolicLayout, symbolic_plan\n"
+        "sides = [SymbolicLayout.from_bytes(bytes.fromhex(text)) for text in sys.argv[1:]]\n"
+        "made = symbolic_plan(*sides)\n"
+        "print(*(it.fingerprint for it in (*sides, made, made.of_rank(0), made.of_source(0))))"
     )
-    expected = [value.fingerprint for value in values(small(list, False))]
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    sides = small(list, False)
+    made = symbolic_plan(*sides)
+    run = subprocess.run(
+        [sys.executable, "-c", program, *(side.to_bytes().hex() for side in sides)],
+        capture_output=True,
+        text=True,
+    )
+    expected = [it.fingerprint for it in (*sides, made, made.of_rank(0), made.of_source(0))]
     assert run.stdout.split() == expected, run.stderr
 
 
