@@ -22,15 +22,21 @@ void plan_spelled_out(const SymbolicLayout& source, const SymbolicLayout& destin
     from.add(group.sources[it.slot], member.instances[it.slot], it.fragment);
   }
   for (std::size_t slot = 0; slot < group.sources.size(); ++slot) {
-    for (const std::int64_t rank :
-         source.blocks()[group.sources[slot]].instances[member.instances[slot]].ranks) {
-      from.add_place(rank);
+    const LayoutBlock& held = source.blocks()[group.sources[slot]];
+    const std::size_t instance = member.instances[slot];
+    for (std::size_t i = 0; i < held.layout->tensors().size(); ++i) {
+      from.add_tensor(group.sources[slot], instance, i);
     }
+    for (const std::int64_t rank : held.instances[instance].ranks) from.add_place(rank);
   }
   Part to(destination);
   const Layout& block = *destination.blocks()[group.block].layout;
-  for (std::size_t i = 0; i < block.fragments().size(); ++i)
+  for (std::size_t i = 0; i < block.tensors().size(); ++i) {
+    to.add_tensor(group.block, member.instance, i);
+  }
+  for (std::size_t i = 0; i < block.fragments().size(); ++i) {
     to.add(group.block, member.instance, i);
+  }
   for (std::size_t i = 0; i < block.padding().size(); ++i) {
     to.add_padding(group.block, member.instance, i);
   }
@@ -135,10 +141,14 @@ void SymbolicPlan::index() {
 
 std::span<const SymbolicPlan::Use> SymbolicPlan::uses_of(std::size_t block,
                                                          std::size_t instance) const {
-  const auto range =
-      std::ranges::equal_range(uses_, std::pair(block, instance), {},
-                               [](const Use& use) { return std::pair(use.block, use.instance); });
-  return {range.begin(), range.end()};
+  const auto key = [](const Use& use) { return std::pair(use.block, use.instance); };
+  const std::pair wanted(block, instance);
+  const auto first =
+      std::lower_bound(uses_.begin(), uses_.end(), wanted,
+                       [&](const Use& use, const auto& it) { return key(use) < it; });
+  auto last = first;
+  while (last != uses_.end() && key(*last) == wanted) ++last;
+  return {first, last};
 }
 
 Plan SymbolicPlan::of_rank(std::int64_t destination_rank) const {
