@@ -1,6 +1,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, final
 
+import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer as HasBuffer
 
@@ -201,3 +202,8 @@ def itemsize(dtype: str) -> int: ...
 def plan(source: Layout, destination: Layout) -> Plan: ...
 def prove(plan: Plan) -> Proof: ...
 def implementations() -> list[str]: ...
+def copy_table(
+    plan: Plan,
+    sources: Mapping[tuple[int, str], tuple[int, int]],
+    destinations: Mapping[tuple[int, str], tuple[int, int]],
+) -> npt.NDArray[np.int64]: ...
