@@ -127,7 +127,7 @@ def _widen(row, source, destination, first, LANES: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def _cast_bytes(row, source, destination, first, FROM: tl.constexpr, TO: tl.constexpr,
                 BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """A cast of FROM bytes to TO bytes at any address, byte by byte: a device's loads are aligned."""
+    """A cast of FROM to TO bytes at any address: byte by byte, as a device's loads are aligned."""
     for block in range(_blocks(row, first, BLOCK, BLOCKS)):
         word, there = _words(row, first, block, BLOCK)
         at, to = _places(row, word)

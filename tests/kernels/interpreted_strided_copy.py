@@ -21,6 +21,7 @@ from sample_layouts import (
     random_bits,
 )
 
+from kimisys._core.reshard import copy_table
 from kimisys.kernels import strided_copy_kernel as kernel
 from kimisys.kernels.strided_copy import bind, implementations
 from kimisys.reshard import Buffer, Fragment, Layout, Padding, Region, Tensor, plan
@@ -53,38 +54,34 @@ def test_every_byte_is_what_the_definition_says(pair: tuple[Layout, Layout], see
     assert same(sources, expected(source, values))
 
 
-sizes = st.integers(1, 100) | st.sampled_from([4, 16, 64, 128])
+def matrix(
+    dtype: str, rows: int, columns: int, turned: bool = False, offset: int = 0, gap: int = 0
+) -> Layout:
+    """A matrix, or one held transposed, at a byte offset, with gaps of padding behind its rows."""
+    size = ITEMSIZE[dtype]
+    inner, outer = (rows, columns) if turned else (columns, rows)
+    pitch = inner * size + gap
+    strides = [size, pitch] if turned else [pitch, size]
+    gaps = [Padding(0, "x", offset + i * pitch + inner * size, gap) for i in range(outer)]
+    return Layout(
+        [Tensor("w", dtype, [rows, columns])],
+        [Buffer(0, "x", offset + outer * pitch)],
+        [Fragment("w", Region([0, 0], [rows, columns]), 0, "x", offset, strides)],
+        [Padding(0, "x", 0, offset), *(gaps if gap else [])],
+    )
 
 
 @st.composite
 def matrices(draw: st.DrawFn) -> tuple[Layout, Layout]:
-    """A matrix of many tiles: rows of any length, at any offset, with padding between and behind
-    them, on the source's side also transposed."""
+    """Many tiles, rows of any length at any offset, on the source's side also transposed."""
     source, destination = draw(st.sampled_from(CASTS))
-    rows, columns = draw(sizes), draw(sizes)
-
-    def side(dtype: str, turned: bool) -> Layout:
-        size = ITEMSIZE[dtype]
-        inner, outer = (rows, columns) if turned else (columns, rows)
-        offset, gap = draw(st.sampled_from([0, 3, 16])), draw(st.sampled_from([0, 1, 16]))
-        pitch = inner * size + gap
-        strides = [size, pitch] if turned else [pitch, size]
-        gaps = [Padding(0, "x", offset + i * pitch + inner * size, gap) for i in range(outer)]
-        padding = [Padding(0, "x", 0, offset), *(gaps if gap else [])]
-        return Layout(
-            [Tensor("w", dtype, [rows, columns])],
-            [Buffer(0, "x", offset + outer * pitch)],
-            [Fragment("w", Region([0, 0], [rows, columns]), 0, "x", offset, strides)],
-            padding,
-        )
-
-    return side(source, draw(st.booleans())), side(destination, False)
+    rows, columns = draw(st.integers(1, 130)), draw(st.integers(1, 130))
+    offsets, gaps = st.sampled_from([0, 3, 16]), st.sampled_from([0, 1, 16])
+    held = matrix(source, rows, columns, draw(st.booleans()), draw(offsets), draw(gaps))
+    return held, matrix(destination, rows, columns, False, draw(offsets), draw(gaps))
 
 
-@settings(max_examples=25, deadline=None)
-@given(matrices(), st.integers(0, 2**32))
-def test_many_tiles_agree_with_the_naive_executor(pair: tuple[Layout, Layout], seed: int) -> None:
-    source, destination = pair
+def check(source: Layout, destination: Layout, seed: int) -> None:
     made = plan(source, destination)
     random = np.random.default_rng(seed)
     sources = {(b.rank, b.name): random.integers(0, 256, b.nbytes, "u1") for b in source.buffers}
@@ -92,6 +89,38 @@ def test_many_tiles_agree_with_the_naive_executor(pair: tuple[Layout, Layout], s
     made.execute(sources, naive, implementation="naive")
     bind(made, tensors(sources), tensors(ours), "triton").run()
     assert same(ours, naive)
+
+
+@settings(max_examples=25, deadline=None)
+@given(matrices(), st.integers(0, 2**32))
+def test_many_tiles_agree_with_the_naive_executor(pair: tuple[Layout, Layout], seed: int) -> None:
+    check(*pair, seed)
+
+
+FLOAT, BFLOAT = "float32", "bfloat16"
+WORDS = {
+    kernel.COPY_16: (matrix(BFLOAT, 70, 128), matrix(BFLOAT, 70, 128, gap=16)),
+    kernel.COPY_8: (matrix(BFLOAT, 700, 4), matrix(BFLOAT, 700, 4, gap=16)),
+    kernel.COPY_4: (matrix(FLOAT, 70, 90, turned=True), matrix(FLOAT, 70, 90)),
+    kernel.COPY_2: (matrix(BFLOAT, 70, 90, turned=True), matrix(BFLOAT, 70, 90)),
+    kernel.COPY_1: (matrix("uint8", 70, 90, turned=True), matrix("uint8", 70, 90)),
+    kernel.NARROW_4: (matrix(FLOAT, 70, 128), matrix(BFLOAT, 70, 128)),
+    kernel.NARROW: (matrix(FLOAT, 70, 90, turned=True), matrix(BFLOAT, 70, 90)),
+    kernel.NARROW_BYTES: (matrix(FLOAT, 70, 90, offset=3), matrix(BFLOAT, 70, 90)),
+    kernel.WIDEN_4: (matrix(BFLOAT, 70, 128), matrix(FLOAT, 70, 128)),
+    kernel.WIDEN: (matrix(BFLOAT, 70, 90, turned=True), matrix(FLOAT, 70, 90)),
+    kernel.WIDEN_BYTES: (matrix(BFLOAT, 70, 90, offset=3), matrix(FLOAT, 70, 90)),
+}
+
+
+@pytest.mark.parametrize("word", range(len(kernel.BLOCKS)))
+def test_each_word_occurs_and_agrees(word: int) -> None:
+    source, destination = WORDS[word]
+    given_ = {(0, "x"): (1 << 40, source.buffers[0].nbytes)}
+    to = {(0, "x"): (1 << 41, destination.buffers[0].nbytes)}
+    table = copy_table(plan(source, destination), given_, to)
+    assert table[0, kernel.WORD] == word
+    check(source, destination, word)
 
 
 @pytest.mark.parametrize("vectors", [True, False])
@@ -112,28 +141,6 @@ def test_narrowing_agrees_on_every_kind_of_number(vectors: bool) -> None:
     bind(made, {(0, "w"): torch.from_numpy(bits.view(np.int32))},
          {(0, "w"): torch.from_numpy(written[0, "w"].view(np.int16))}, "triton").run()  # fmt: skip
     np.testing.assert_array_equal(written[0, "w"], cast_bits(bits, "float32", "bfloat16"))
-
-
-def test_every_word_occurs() -> None:
-    """What the worlds above are made of: no word of the table goes untested."""
-    from kimisys._core.reshard import copy_table
-
-    seen: set[int] = set()
-
-    @settings(max_examples=150, deadline=None, database=None, derandomize=True)
-    @given(matrices())
-    def look(pair: tuple[Layout, Layout]) -> None:
-        source, destination = pair
-        sources, destinations = tensors(allocate(source)), tensors(allocate(destination))
-        table = copy_table(
-            plan(source, destination),
-            {key: (tensor.data_ptr(), tensor.nbytes) for key, tensor in sources.items()},
-            {key: (tensor.data_ptr(), tensor.nbytes) for key, tensor in destinations.items()},
-        )
-        seen.update(table[:, kernel.WORD].tolist())
-
-    look()
-    assert seen == set(range(len(kernel.BLOCKS)))
 
 
 def test_a_plan_without_bytes_is_no_launch() -> None:
