@@ -7,6 +7,7 @@
 
 #include "base/thread_pool.h"
 #include "reshard/blocks.h"
+#include "reshard/gaps.h"
 #include "reshard/kernels.h"
 #include "reshard/rows.h"
 #include "reshard/stream.h"
@@ -82,6 +83,7 @@ void run_alone(const Block& block, bool may_stream, const RowSet& rows) {
   const bool stream = worth_streaming(block, may_stream);
   RowKind kind = RowKind::kStrided;
   if (has_dense_rows(block)) {
+    if (stream && copy_over_gaps(block, rows)) return;
     kind = stream ? RowKind::kStreaming : RowKind::kDense;
   } else if (last.destination_stride == itemsize(block.destination_dtype)) {
     for (std::size_t d = 0; d + 1 < block.dims; ++d) {
