@@ -72,7 +72,9 @@ Word copy_word(std::int64_t width) {
 
 class Table {
  public:
-  explicit Table(std::int64_t row_bytes) : row_bytes_(row_bytes) {}
+  Table(std::size_t rows, std::int64_t row_bytes) : row_bytes_(row_bytes) {
+    numbers_.reserve(rows * kTableColumns);
+  }
 
   // A collapsed block.
   void add(Block block) {
@@ -193,7 +195,7 @@ class Table {
 }  // namespace
 
 std::vector<std::int64_t> make_table(Blocks blocks, std::int64_t row_bytes) {
-  Table table(row_bytes);
+  Table table(blocks.copies.size() + blocks.blanks.size(), row_bytes);
   for (Block& block : blocks.copies) {
     collapse(block);
     table.add(block);
