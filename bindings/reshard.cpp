@@ -367,6 +367,7 @@ void bind_reshard(py::module_& module) {
   bind_copy(reshard);
   bind_plan(reshard);
   bind_symbolic(reshard);
+  bind_table(reshard);
 }
 
 }  // namespace kimisys::bindings

@@ -19,6 +19,9 @@ ALLOWED = {
     "kimisys.errors": {"kimisys._core"},
     "kimisys.reshard": {"numpy", "torch", "kimisys._core", "kimisys.errors"},
     "kimisys.broadcast": {"numpy", "kimisys._core", "kimisys.errors", "kimisys.reshard"},
+    "kimisys.kernels": {
+        "numpy", "torch", "triton", "kimisys._core", "kimisys.errors", "kimisys.reshard",
+    },
     "kimisys.rl": {"torch", "kimisys.errors"},
     "kimisys.rewards": {"kimisys.errors"},
     "kimisys.adapters.megatron": {

@@ -49,8 +49,8 @@ class Execution {
   void run() const;
 
  private:
-  struct Blocks;
-  std::unique_ptr<const Blocks> blocks_;
+  struct Prepared;
+  std::unique_ptr<const Prepared> prepared_;
 };
 
 // Execution(...).run(): all that Execution checks is checked before any byte is written.

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "base/thread_pool.h"
+#include "reshard/blocks.h"
+#include "reshard/gaps.h"
 #include "reshard/kernels.h"
 #include "reshard/rows.h"
 #include "reshard/stream.h"
@@ -13,37 +15,6 @@
 
 namespace kimisys::reshard {
 namespace {
-
-// Drops axes of extent 1, sorts the others so that the destination is written forwards, and merges
-// neighbours that are contiguous on both sides. At least one axis remains.
-void collapse(Block& block) {
-  std::array<Block::Axis, kMaxDims> sorted = {};
-  std::size_t count = 0;
-  for (std::size_t d = 0; d < block.dims; ++d) {
-    if (block.axes[d].extent != 1) sorted[count++] = block.axes[d];
-  }
-  const auto first = sorted.begin();
-  std::stable_sort(first, first + static_cast<std::ptrdiff_t>(count),
-                   [](const Block::Axis& a, const Block::Axis& b) {
-                     return a.destination_stride > b.destination_stride;
-                   });
-  block.dims = 0;
-  for (std::size_t d = 0; d < count; ++d) {
-    const Block::Axis& inner = sorted[d];
-    if (block.dims > 0) {
-      Block::Axis& outer = block.axes[block.dims - 1];
-      if (outer.source_stride == inner.source_stride * inner.extent &&
-          outer.destination_stride == inner.destination_stride * inner.extent) {
-        outer = {outer.extent * inner.extent, inner.source_stride, inner.destination_stride};
-        continue;
-      }
-    }
-    block.axes[block.dims++] = inner;
-  }
-  if (block.dims == 0) {
-    block.axes[block.dims++] = {1, itemsize(block.source_dtype), itemsize(block.destination_dtype)};
-  }
-}
 
 std::int64_t bytes_of(const Block& block) {
   std::int64_t bytes = itemsize(block.destination_dtype);
@@ -112,6 +83,7 @@ void run_alone(const Block& block, bool may_stream, const RowSet& rows) {
   const bool stream = worth_streaming(block, may_stream);
   RowKind kind = RowKind::kStrided;
   if (has_dense_rows(block)) {
+    if (stream && copy_over_gaps(block, rows)) return;
     kind = stream ? RowKind::kStreaming : RowKind::kDense;
   } else if (last.destination_stride == itemsize(block.destination_dtype)) {
     for (std::size_t d = 0; d + 1 < block.dims; ++d) {

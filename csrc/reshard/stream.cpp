@@ -90,12 +90,12 @@ KIMISYS_AVX512 Wide widen_16(const std::byte* source) {
 KIMISYS_AVX512 void stream_bytes_avx512(std::byte* destination, const std::byte* source,
                                         std::size_t nbytes) {
   std::size_t i = std::min(nbytes, bytes_to_line(destination));
-  std::memcpy(destination, source, i);
+  if (i != 0) std::memcpy(destination, source, i);
   for (; i + kLineBytes <= nbytes; i += kLineBytes) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(destination + i),
                         _mm512_loadu_si512(source + i));
   }
-  std::memcpy(destination + i, source + i, nbytes - i);
+  if (i != nbytes) std::memcpy(destination + i, source + i, nbytes - i);
 }
 
 KIMISYS_AVX512 void stream_narrow_avx512(std::byte* destination, const std::byte* source,
