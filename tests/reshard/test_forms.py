@@ -155,6 +155,8 @@ def test_a_fingerprint_stands_for_the_value() -> None:
         assert len(one.fingerprint) == 32 and int(one.fingerprint, 16) >= 0
     assert first == second
     assert len({value.fingerprint for value in values(first)}) == 5
+    # Written down, so that a change of the form or another machine is seen.
+    assert Layout([], [], []).fingerprint == "56c32f2c5beada84682c337efb490d06"
     moved = SymbolicLayout(first[0].blocks, [*first[0].places[:-1], Place(3, 7)])
     assert moved != first[0] and moved.fingerprint != first[0].fingerprint
 
