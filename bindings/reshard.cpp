@@ -336,6 +336,7 @@ void bind_reshard(py::module_& module) {
   bind_layout(reshard);
   bind_copy(reshard);
   bind_plan(reshard);
+  bind_route(reshard);
 }
 
 }  // namespace kimisys::bindings

@@ -8,6 +8,7 @@ runs the copies on memory; ``Plan.bind`` checks the memory once, for many runs. 
 from kimisys._core.reshard import (
     Buffer,
     Copy,
+    Demand,
     Execution,
     Fragment,
     Layout,
@@ -16,16 +17,21 @@ from kimisys._core.reshard import (
     Plan,
     Proof,
     Region,
+    Route,
+    Simulation,
     Tensor,
     implementations,
     itemsize,
     plan,
     prove,
+    route,
+    route_demands,
 )
 
 __all__ = [
     "Buffer",
     "Copy",
+    "Demand",
     "Execution",
     "Fragment",
     "Layout",
@@ -34,9 +40,13 @@ __all__ = [
     "Plan",
     "Proof",
     "Region",
+    "Route",
+    "Simulation",
     "Tensor",
     "implementations",
     "itemsize",
     "plan",
     "prove",
+    "route",
+    "route_demands",
 ]
