@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <functional>
 #include <queue>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -11,18 +12,25 @@
 namespace kimisys::reshard {
 namespace {
 
+// A pair that has something ready, and its other end.
+struct Link {
+  std::uint32_t pair = 0;
+  std::uint32_t partner = 0;
+};
+
 // One NIC's sending or receiving half. Numbers: senders 0..n-1, receivers n..2n-1.
 struct End {
-  std::int64_t left = 0;              // bytes that it has not yet begun
-  std::vector<std::uint32_t> active;  // pairs that have something ready
-  bool busy = false;
+  std::int64_t left = 0;  // bytes that it has not yet begun
+  std::vector<Link> active;
   bool touched = false;
 };
+
+constexpr std::int64_t kBusy = -1;
 
 struct Pair {
   std::uint32_t sender = 0;  // endpoints
   std::uint32_t receiver = 0;
-  std::size_t ends[2] = {0, 0};              // the NICs' sending and receiving half
+  std::uint32_t ends[2] = {0, 0};            // the NICs' sending and receiving half
   std::size_t position[2] = {0, 0};          // in the ends' active lists
   std::uint32_t head[2] = {kNoHop, kNoHop};  // ready hops: others wait for the first list's
   std::uint32_t tail[2] = {kNoHop, kNoHop};
@@ -35,6 +43,7 @@ class Planned {
       : route_(route),
         nics_(route.cluster().nics().size()),
         ends_(2 * nics_),
+        free_(2 * nics_, 0),
         bytes_(route.hops()),
         pair_of_(route.hops(), kNoHop),
         next_(route.hops(), kNoHop),
@@ -52,6 +61,7 @@ class Planned {
     for (std::size_t hop = 0; hop < parents.size(); ++hop) {
       if (parents[hop] == kNoHop) begin(static_cast<std::uint32_t>(hop));
     }
+    for (std::size_t e = 0; e < ends_.size(); ++e) free_[e] = ends_[e].left;
     match(0);
     while (!running_.empty()) {
       const double now = running_.top().first;
@@ -87,8 +97,8 @@ class Planned {
           Pair pair;
           pair.sender = sender;
           pair.receiver = receiver;
-          pair.ends[0] = nic_of(route_, sender);
-          pair.ends[1] = nics_ + nic_of(route_, receiver);
+          pair.ends[0] = static_cast<std::uint32_t>(nic_of(route_, sender));
+          pair.ends[1] = static_cast<std::uint32_t>(nics_ + nic_of(route_, receiver));
           pairs_.push_back(pair);
         }
         pair_of_[hop] = it->second;
@@ -118,17 +128,17 @@ class Planned {
   void activate(std::uint32_t number) {
     Pair& pair = pairs_[number];
     for (const std::size_t side : {0, 1}) {
-      std::vector<std::uint32_t>& active = ends_[pair.ends[side]].active;
+      std::vector<Link>& active = ends_[pair.ends[side]].active;
       pair.position[side] = active.size();
-      active.push_back(number);
+      active.push_back({number, pair.ends[1 - side]});
     }
   }
 
   void deactivate(std::uint32_t number) {
     const Pair& pair = pairs_[number];
     for (const std::size_t side : {0, 1}) {
-      std::vector<std::uint32_t>& active = ends_[pair.ends[side]].active;
-      pairs_[active.back()].position[side] = pair.position[side];
+      std::vector<Link>& active = ends_[pair.ends[side]].active;
+      pairs_[active.back().pair].position[side] = pair.position[side];
       active[pair.position[side]] = active.back();
       active.pop_back();
     }
@@ -151,18 +161,21 @@ class Planned {
     return a.pair < b.pair;
   }
 
+  // The end's pair with the highest-ranked free partner.
   Candidate best_of(std::size_t end) const {
-    Candidate best;
-    if (ends_[end].busy) return best;
-    const std::size_t other = end < nics_ ? 1 : 0;
-    for (const std::uint32_t number : ends_[end].active) {
-      const std::size_t partner = pairs_[number].ends[other];
-      if (ends_[partner].busy) continue;
-      Candidate candidate{number, end, partner};
-      if (outranks(partner, end)) std::swap(candidate.first, candidate.second);
-      if (better(candidate, best)) best = candidate;
+    if (free_[end] == kBusy) return {};
+    Link best{kNoHop, 0};
+    std::int64_t most = kBusy;
+    for (const Link link : ends_[end].active) {
+      const std::int64_t left = free_[link.partner];
+      if (left < most || left == kBusy) continue;
+      const bool ahead = left > most || link.partner < best.partner ||
+                         (link.partner == best.partner && link.pair < best.pair);
+      if (ahead) std::tie(best, most) = std::make_pair(link, left);
     }
-    return best;
+    if (best.pair == kNoHop) return {};
+    if (outranks(best.partner, end)) return {best.pair, best.partner, end};
+    return {best.pair, end, best.partner};
   }
 
   // Every pair that can start now has a touched end: one that came free or got something to do.
@@ -179,7 +192,7 @@ class Planned {
       }
       if (candidates.empty() || candidates[best].pair == kNoHop) break;
       const Pair& pair = pairs_[candidates[best].pair];
-      if (ends_[pair.ends[0]].busy || ends_[pair.ends[1]].busy) {
+      if (free_[pair.ends[0]] == kBusy || free_[pair.ends[1]] == kBusy) {
         candidates[best] = best_of(touched_[best]);
         continue;
       }
@@ -203,8 +216,8 @@ class Planned {
     }
     if (!pair.ready()) deactivate(number);
     for (const std::size_t e : pair.ends) {
-      ends_[e].busy = true;
       ends_[e].left -= message.bytes;
+      free_[e] = kBusy;
     }
     message.end =
         now + options.message_seconds + static_cast<double>(message.bytes) / options.nic_bandwidth;
@@ -219,7 +232,7 @@ class Planned {
                                  : result_.items.size();
     for (const std::size_t end :
          {nic_of(route_, message.sender), nics_ + nic_of(route_, message.receiver)}) {
-      ends_[end].busy = false;
+      free_[end] = ends_[end].left;
       touch(end);
     }
     for (std::size_t i = message.first_item; i < last; ++i) arrive(result_.items[i]);
@@ -228,6 +241,7 @@ class Planned {
   const Route& route_;
   std::size_t nics_;
   std::vector<End> ends_;
+  std::vector<std::int64_t> free_;  // what each end has left; kBusy while it is
   std::vector<Pair> pairs_;
   std::vector<std::int64_t> bytes_;     // of each hop
   std::vector<std::uint32_t> pair_of_;  // of each remote hop
