@@ -1,23 +1,20 @@
 #include "reshard/route.h"
 
 #include <pybind11/numpy.h>
-#include <pybind11/operators.h>
-#include <pybind11/stl.h>
 
 #include <memory>
-#include <sstream>
 #include <string>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
+#include <variant>
 
 #include "base/error.h"
 #include "bindings.h"
+#include "convert.h"
 #include "reshard/demand.h"
 #include "reshard/plan.h"
 #include "reshard/simulate.h"
-
-namespace py = pybind11;
 
 namespace kimisys::bindings {
 namespace {
@@ -26,13 +23,6 @@ using namespace reshard;  // NOLINT: a binding file names nearly all of it
 
 using Turns = std::vector<std::pair<std::int64_t, std::int64_t>>;
 using Ranks = std::vector<std::int64_t>;
-
-template <typename T>
-std::string printed(const T& value) {
-  std::ostringstream text;
-  text << value;
-  return text.str();
-}
 
 // A column: get(i) for each i, as an array of T.
 template <typename T, typename Get>
@@ -47,14 +37,21 @@ RouteOptions options(double nic_bandwidth, double message_seconds, std::int64_t 
   return {nic_bandwidth, message_seconds, chunk, relay};
 }
 
-Route route_plan(const Plan& plan, double nic_bandwidth, double message_seconds, std::int64_t chunk,
-                 bool relay) {
-  KIMISYS_CHECK(!plan.share_of(), ErrorCode::kPlan, "this is the share of source rank ",
-                plan.share_of().value_or(0), " of a plan; route the whole plan");
+using AnyPlan = std::variant<const Plan*, const SymbolicPlan*>;
+
+Route route_plan(const AnyPlan& plan, double nic_bandwidth, double message_seconds,
+                 std::int64_t chunk, bool relay) {
+  const RouteOptions chosen = options(nic_bandwidth, message_seconds, chunk, relay);
+  if (const auto* symbolic = std::get_if<const SymbolicPlan*>(&plan)) {
+    const py::gil_scoped_release release;
+    return {cluster_of(**symbolic), demands_of(**symbolic), chosen};
+  }
+  const Plan& whole = *std::get<const Plan*>(plan);
+  KIMISYS_CHECK(!whole.share_of(), ErrorCode::kPlan, "this is the share of source rank ",
+                whole.share_of().value_or(0), " of a plan; route the whole plan");
   const py::gil_scoped_release release;
-  return {cluster_of(plan.source(), plan.destination()),
-          demands_of(plan.source(), plan.destination()),
-          options(nic_bandwidth, message_seconds, chunk, relay)};
+  return {cluster_of(whole.source(), whole.destination()),
+          demands_of(whole.source(), whole.destination()), chosen};
 }
 
 Route route_demands(std::vector<Demand> demands, std::vector<Place> source,
@@ -191,8 +188,8 @@ void bind_demand(py::module_& module) {
       .def_property_readonly("bytes", &Demand::bytes, "Bytes that each receiver gets.")
       .def_readonly("copies", &Demand::copies)
       .def(py::self == py::self)
-      .def("__hash__", [](const Demand& self) { return py::hash(py::str(printed(self))); })
-      .def("__repr__", &printed<Demand>);
+      .def("__hash__", [](const Demand& self) { return py::hash(py::str(repr(self))); })
+      .def("__repr__", &repr<Demand>);
 }
 
 void bind_simulation(py::module_& module) {
@@ -235,7 +232,7 @@ void bind_simulation(py::module_& module) {
           },
           "int64: the hops that the messages carry, message after message. A hop whose bytes need\n"
           "several messages is listed by each of them.")
-      .def("__repr__", &printed<Simulation>);
+      .def("__repr__", &repr<Simulation>);
 }
 
 constexpr const char* kRouteText =
@@ -281,7 +278,7 @@ void bind_route_class(py::module_& module) {
           "messages in flight per rank and direction, each with a staging buffer. PlanError for "
           "an\n"
           "unknown order, a window that is not positive. Releases the GIL.")
-      .def("__repr__", &printed<Route>);
+      .def("__repr__", &repr<Route>);
 }
 
 }  // namespace
@@ -294,7 +291,9 @@ void bind_route(py::module_& module) {
   module.def(
       "route", &route_plan, py::arg("plan"), py::arg("nic_bandwidth") = defaults.nic_bandwidth,
       py::arg("message_seconds") = defaults.message_seconds, py::arg("chunk") = defaults.chunk,
-      py::arg("relay") = defaults.relay, (std::string("Routes a plan. ") + kRouteText).c_str());
+      py::arg("relay") = defaults.relay,
+      (std::string("Routes a plan or a symbolic plan, which is not spelled out. ") + kRouteText)
+          .c_str());
   module.def(
       "route_demands", &route_demands, py::arg("demands"), py::arg("source_places"),
       py::arg("destination_places"), py::arg("nic_bandwidth") = defaults.nic_bandwidth,

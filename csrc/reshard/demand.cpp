@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <numeric>
+#include <string>
 
 namespace kimisys::reshard {
 namespace {
@@ -144,10 +146,63 @@ class Collector {
   std::vector<Demand> demands_;
 };
 
-std::vector<Place> places_of(const Layout& layout) {
+template <typename Side>
+std::vector<Place> places_of(const Side& side) {
   std::vector<Place> places;
-  for (const std::int64_t rank : layout.ranks()) places.push_back(layout.place_of(rank));
+  for (const std::int64_t rank : side.ranks()) places.push_back(side.place_of(rank));
   return places;
+}
+
+using Labels = std::map<std::pair<std::size_t, std::string>, std::int64_t>;
+
+// The instances' labels in the order of the model: "" (what stands outside the layers), "0", "1",
+// ..., "10".
+Labels number_labels(const SymbolicLayout& layout) {
+  Labels labels;
+  for (const LayoutBlock& block : layout.blocks()) {
+    for (const Instance& instance : block.instances) {
+      labels.emplace(std::pair(instance.label.size(), instance.label), 0);
+    }
+  }
+  std::int64_t number = 0;
+  for (auto& [label, its_number] : labels) its_number = number++;
+  return labels;
+}
+
+// Members of a group whose ranks are the same, so that they have the same demands.
+struct Twins {
+  std::vector<std::int64_t> source;  // rank of each local rank of the template
+  std::vector<std::int64_t> destination;
+  std::vector<std::int64_t> turns;
+};
+
+std::vector<Twins> twins_of(const SymbolicPlan& plan, const Group& group, const Labels& labels) {
+  std::map<std::pair<std::vector<std::int64_t>, std::vector<std::int64_t>>, std::size_t> known;
+  std::vector<Twins> all;
+  const LayoutBlock& block = plan.destination().blocks()[group.block];
+  for (const Group::Member& member : group.members) {
+    std::vector<std::int64_t> source;
+    for (std::size_t slot = 0; slot < group.sources.size(); ++slot) {
+      const LayoutBlock& origin = plan.source().blocks()[group.sources[slot]];
+      const std::vector<std::int64_t>& ranks = origin.instances[member.instances[slot]].ranks;
+      // An instance may have more ranks than its block's fragments use.
+      source.resize(group.first[slot]);
+      source.insert(source.end(), ranks.begin(), ranks.end());
+    }
+    const Instance& instance = block.instances[member.instance];
+    const auto [at, is_new] = known.try_emplace(std::pair(source, instance.ranks), all.size());
+    if (is_new) all.push_back({std::move(source), instance.ranks, {}});
+    all[at->second].turns.push_back(labels.at({instance.label.size(), instance.label}));
+  }
+  return all;
+}
+
+std::vector<std::int64_t> translate(const std::vector<std::int64_t>& local,
+                                    const std::vector<std::int64_t>& ranks) {
+  std::vector<std::int64_t> global;
+  for (const std::int64_t rank : local) global.push_back(ranks[static_cast<std::size_t>(rank)]);
+  std::sort(global.begin(), global.end());
+  return global;
 }
 
 }  // namespace
@@ -197,6 +252,34 @@ std::vector<Demand> merge_demands(std::vector<Demand> demands) {
                      [](const Piece& a, const Piece& b) { return a.turn < b.turn; });
   }
   return merged;
+}
+
+std::vector<Demand> demands_of(const SymbolicPlan& plan) {
+  constexpr std::int64_t kTurns = std::int64_t{1} << 32U;  // more than a block has tensors
+  const Labels labels = number_labels(plan.destination());
+  std::vector<Demand> demands;
+  for (const Group& group : plan.groups()) {
+    const Layout& wanted = *plan.destination().blocks()[group.block].layout;
+    const std::vector<Demand> local = demands_of(*group.source, wanted);
+    for (const Twins& twins : twins_of(plan, group, labels)) {
+      const auto count = static_cast<std::int64_t>(twins.turns.size());
+      for (const Demand& demand : local) {
+        Demand made{translate(demand.owners, twins.source),
+                    translate(demand.receivers, twins.destination),
+                    {},
+                    demand.copies * count};
+        for (const std::int64_t turn : twins.turns) {
+          made.pieces.push_back({turn * kTurns + demand.pieces.front().turn, demand.bytes()});
+        }
+        demands.push_back(std::move(made));
+      }
+    }
+  }
+  return merge_demands(std::move(demands));
+}
+
+std::shared_ptr<const Cluster> cluster_of(const SymbolicPlan& plan) {
+  return std::make_shared<const Cluster>(places_of(plan.source()), places_of(plan.destination()));
 }
 
 std::shared_ptr<const Cluster> cluster_of(const Layout& source, const Layout& destination) {

@@ -12,6 +12,7 @@
 #include "reshard/cluster.h"
 #include "reshard/layout.h"
 #include "reshard/route.h"
+#include "reshard/symbolic_plan.h"
 
 namespace kimisys::reshard {
 
@@ -47,7 +48,13 @@ std::vector<Demand> demands_of(const Layout& source, const Layout& destination);
 // Sums demands with equal owners and receivers; pieces by turn. Keeps the order of the first.
 std::vector<Demand> merge_demands(std::vector<Demand> demands);
 
-// The ranks of two layouts, each where its place says.
+// The demands of a symbolic plan: counted once for each group, and once more for each of its
+// members. A turn is an instance (by length and text of the label) and the place of the demand's
+// first tensor in its block.
+std::vector<Demand> demands_of(const SymbolicPlan& plan);
+
+// The ranks of both sides, each where its place says.
 std::shared_ptr<const Cluster> cluster_of(const Layout& source, const Layout& destination);
+std::shared_ptr<const Cluster> cluster_of(const SymbolicPlan& plan);
 
 }  // namespace kimisys::reshard

@@ -2,15 +2,19 @@
 
 A ``Layout`` says where each rank stores which region of which tensor. ``plan`` joins two layouts
 into strided copies and proves that every destination byte is written exactly once. ``Plan.execute``
-runs the copies on memory; ``Plan.bind`` checks the memory once, for many runs. Needs numpy alone.
+runs the copies on memory; ``Plan.bind`` checks the memory once, for many runs. A ``SymbolicLayout``
+names the layers of a model that repeat, and ``symbolic_plan`` plans and proves them once. Needs
+numpy alone.
 """
 
 from kimisys._core.reshard import (
+    Block,
     Buffer,
     Copy,
     Demand,
     Execution,
     Fragment,
+    Instance,
     Layout,
     Padding,
     Place,
@@ -19,6 +23,8 @@ from kimisys._core.reshard import (
     Region,
     Route,
     Simulation,
+    SymbolicLayout,
+    SymbolicPlan,
     Tensor,
     implementations,
     itemsize,
@@ -26,14 +32,17 @@ from kimisys._core.reshard import (
     prove,
     route,
     route_demands,
+    symbolic_plan,
 )
 
 __all__ = [
+    "Block",
     "Buffer",
     "Copy",
     "Demand",
     "Execution",
     "Fragment",
+    "Instance",
     "Layout",
     "Padding",
     "Place",
@@ -42,6 +51,8 @@ __all__ = [
     "Region",
     "Route",
     "Simulation",
+    "SymbolicLayout",
+    "SymbolicPlan",
     "Tensor",
     "implementations",
     "itemsize",
@@ -49,4 +60,5 @@ __all__ = [
     "prove",
     "route",
     "route_demands",
+    "symbolic_plan",
 ]

@@ -75,9 +75,7 @@ def demands(trainer: Trainer, engine: Engine) -> list[Demand]:
         """A parameter that both sides cut over their tensor ranks, the engine finer or alike."""
         for t in range(engine.tensor):
             holder = t * trainer.tensor // engine.tensor
-            owners = tuple(
-                stage * width + d * trainer.tensor + holder for d in range(trainer.data)
-            )
+            owners = tuple(stage * width + d * trainer.tensor + holder for d in range(trainer.data))
             receivers = tuple(c * engine.tensor + t for c in range(engine.copies))
             made.add(owners, receivers, layer * 1000, elements // engine.tensor)
 
