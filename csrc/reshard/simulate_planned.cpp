@@ -230,11 +230,13 @@ class Planned {
       ends_[end].open = true;
       ++open;
     }
-    const auto below = [&](std::size_t a, std::size_t b) { return outranks(b, a); };
+    const auto below = [](const Listed& a, const Listed& b) {
+      return a.left != b.left ? a.left < b.left : a.end > b.end;
+    };
     std::make_heap(listed_.begin(), listed_.end(), below);
     for (auto last = listed_.end(); open > 0 && last != listed_.begin(); --last) {
       std::pop_heap(listed_.begin(), last, below);
-      const std::size_t end = *std::prev(last);
+      const std::size_t end = std::prev(last)->end;
       const std::uint32_t pair = best_of(end);
       std::size_t settled[3] = {end, end, end};
       if (pair != kNoHop) {
@@ -243,13 +245,19 @@ class Planned {
       }
       for (const std::size_t it : settled) open -= std::exchange(ends_[it].open, false) ? 1 : 0;
     }
-    for (const std::size_t end : listed_) ends_[end].listed = ends_[end].open = false;
+    for (const Listed& it : listed_) ends_[it.end].listed = ends_[it.end].open = false;
     listed_.clear();
   }
 
+  // With what it had left before the round began: starting changes that, and not the order.
+  struct Listed {
+    std::int64_t left = 0;
+    std::size_t end = 0;
+  };
+
   void list(std::size_t end) {
     if (std::exchange(ends_[end].listed, true)) return;
-    listed_.push_back(end);
+    listed_.push_back({ends_[end].left, end});
   }
 
   void start(std::uint32_t number, double now) {
@@ -299,7 +307,7 @@ class Planned {
   std::vector<std::uint32_t> child_;    // the first hop that waits for this one
   std::vector<std::uint32_t> sibling_;  // the next that waits for the same
   std::vector<std::size_t> touched_;
-  std::vector<std::size_t> listed_;
+  std::vector<Listed> listed_;
   using Running = std::pair<double, std::size_t>;
   std::priority_queue<Running, std::vector<Running>, std::greater<>> running_;
   Simulation result_;
