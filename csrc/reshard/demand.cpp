@@ -24,7 +24,7 @@ class Cells {
 
   void settle() {
     count_ = 1;
-    for (Dims& cuts : cuts_) {
+    for (Cuts& cuts : cuts_) {
       std::sort(cuts.begin(), cuts.end());
       cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
       count_ *= cuts.size() - 1;
@@ -50,13 +50,15 @@ class Cells {
   }
 
  private:
+  using Cuts = std::vector<std::int64_t>;
+
   template <typename Visit>
   void walk(const Region& region, std::size_t d, std::size_t cell, const Visit& visit) const {
     if (d == cuts_.size()) {
       visit(cell);
       return;
     }
-    const Dims& cuts = cuts_[d];
+    const Cuts& cuts = cuts_[d];
     const auto from = std::lower_bound(cuts.begin(), cuts.end(), region.offset[d]);
     const std::int64_t end = region.offset[d] + region.extent[d];
     for (auto at = from; *at < end; ++at) {
@@ -65,7 +67,7 @@ class Cells {
     }
   }
 
-  std::vector<Dims> cuts_;
+  std::vector<Cuts> cuts_;
   std::size_t count_ = 0;
 };
 
