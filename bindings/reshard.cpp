@@ -368,6 +368,7 @@ void bind_reshard(py::module_& module) {
   bind_plan(reshard);
   bind_symbolic(reshard);
   bind_table(reshard);
+  bind_route(reshard);
 }
 
 }  // namespace kimisys::bindings
