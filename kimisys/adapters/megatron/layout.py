@@ -46,7 +46,7 @@ def model_layout(
     traced: dict[str, TracedPart] = {}
     fragments, padding, buffers = [], [], []
     for prefix, chunk in chunks:
-        for held in holdings(known, model_shards(chunk)):
+        for held in holdings(known.parts(), model_shards(chunk)):
             if held.part.name not in traced:
                 traced[held.part.name] = TracedPart(held.part, held.shards)
             part = traced[held.part.name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,10 +89,19 @@ def build_chunks(
 
 
 def transformer_config(
-    family: Family, parallel: Parallel, dtype: torch.dtype, grouped_experts: bool = False
+    family: Family,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    grouped_experts: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of the family's model, for this layout and the CPU."""
+    """Megatron's configuration of the family's model, for this layout and the CPU. layers: of a
+    model that has these of the family's layers alone."""
     arguments = family.transformer_config()
+    if layers is not None:
+        arguments["num_layers"] = len(layers)
+        if isinstance(arguments.get("moe_layer_freq"), list):
+            arguments["moe_layer_freq"] = [arguments["moe_layer_freq"][n] for n in layers]
     kind = MLATransformerConfig if arguments.get("multi_latent_attention") else TransformerConfig
     if arguments.get("num_moe_experts") is not None:
         arguments["moe_grouped_gemm"] = grouped_experts

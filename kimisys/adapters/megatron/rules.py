@@ -9,7 +9,6 @@ from math import prod
 import numpy as np
 import torch
 
-from kimisys.adapters.megatron.families import Family
 from kimisys.adapters.megatron.families.part import Part
 from kimisys.adapters.megatron.shards import Shard
 from kimisys.errors import LayoutError
@@ -102,11 +101,11 @@ class TracedPart:
         return shard.byte_offset + real * row_bytes, (held - real) * row_bytes
 
 
-def holdings(family: Family, shards: Sequence[Shard]) -> list[Holding]:
+def holdings(parts: Sequence[Part], shards: Sequence[Shard]) -> list[Holding]:
     """Whose part each shard is. Raises LayoutError for keys that no part knows."""
     homes = {
         part.key_prefix.replace("{}", label): (part, label)
-        for part in family.parts()
+        for part in parts
         for label in part.instances()
     }
     found: dict[str, list[Shard]] = {}
@@ -120,10 +119,9 @@ def holdings(family: Family, shards: Sequence[Shard]) -> list[Holding]:
             key = shard.key.removeprefix(prefix)
             found.setdefault(prefix, []).append(replace(shard, key=key))
     if unknown:
-        parts = ", ".join(part.name for part in family.parts())
         raise LayoutError(
-            f"the {type(family).__name__} family knows nothing of the Megatron tensors "
-            f"{', '.join(unknown)}; its parts are {parts}"
+            f"the model's family knows nothing of the Megatron tensors {', '.join(unknown)}; "
+            f"its parts are {', '.join(part.name for part in parts)}"
         )
     return [Holding(*homes[prefix], tuple(own)) for prefix, own in found.items()]
 

@@ -90,6 +90,9 @@ _FAMILIES: dict[str, FamilyReader] = {
 }
 
 
+_OURS = frozenset(_FAMILIES.values())
+
+
 def implementations() -> list[str]:
     """The architectures that can be built, by their Hugging Face name."""
     return sorted(_FAMILIES)
@@ -143,6 +146,11 @@ def _registered(hf_config: Mapping[str, Any]) -> FamilyReader:
 def register(architecture: str, reader: FamilyReader) -> None:
     """Make an architecture known, for `architectures` of config.json; replaces what was known."""
     _FAMILIES[architecture] = reader
+
+
+def is_registered_elsewhere(hf_config: Mapping[str, Any]) -> bool:
+    """Whether the configuration's family is one that `register` brought in."""
+    return _registered(hf_config) not in _OURS
 
 
 def check_layout(
