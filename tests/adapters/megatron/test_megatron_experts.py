@@ -18,6 +18,7 @@ from kimisys.adapters.megatron.families import check_layout, check_model, family
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_chunks, build_model
 from kimisys.adapters.megatron.parallel import Parallel
+from kimisys.adapters.megatron.policy import Policy
 from kimisys.errors import LayoutError
 from kimisys.reshard import plan
 
@@ -158,6 +159,20 @@ def test_grouped_experts_are_two_parameters_of_a_layer() -> None:
     assert sorted(held) == [f"decoder.layers.1.mlp.experts.weight{n}" for n in (1, 2)]
     with runtime.as_rank(Parallel(), 0), pytest.raises(LayoutError, match="grouped_gemm package"):
         build_chunks(tiny_config("mixtral"), torch.float32, grouped_experts=True)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_policy_with_experts_learns(family: str) -> None:
+    tokens = torch.randint(0, 101, (4, 20), generator=torch.Generator().manual_seed(1))
+    with runtime.as_rank(Parallel(), 0):
+        torch.manual_seed(0)
+        policy = Policy(build_model(tiny_config(family), torch.float32))
+        losses = [policy.sft_step(tokens, torch.ones(4, 19), 1e-2).loss for _ in range(4)]
+    assert losses[-1] < losses[0] - 0.3
+    with runtime.as_rank(Parallel(tensor=2), 0):
+        model = build_model(tiny_config(family), torch.float32)
+        with pytest.raises(LayoutError, match="with tensor_parallel 1, not 2"):
+            Policy(model)
 
 
 def test_kimi_s_and_moonlight_s_configurations_are_deepseek_s() -> None:
