@@ -188,6 +188,7 @@ REFUSED = [
     ("mixtral", {"sliding_window": 128}, "tp=1", "sliding_window 128 of this Mixtral"),
     ("mixtral", {}, "ep=3", r"expert_parallel 3 .*num_local_experts 4 .*one of \[1, 2, 4\]"),
     ("mixtral", {}, "ep=2,etp=5,tp=1", "expert_tensor_parallel 5 does not divide intermediate_s"),
+    ("mixtral", {"num_key_value_heads": 3}, "tp=1", "not a multiple of num_key_value_heads 3"),
     ("qwen3_moe", {}, "ep=8", r"expert_parallel 8 .*num_experts 4 .*one of \[1, 2, 4\]"),
     ("qwen3_moe", {}, "tp=4", r"tensor_parallel 4 .*num_key_value_heads 2 .*one of \[1, 2\]"),
     ("qwen3_moe", {"attention_bias": True}, "tp=1", "attention_bias True of this Qwen3Moe"),
