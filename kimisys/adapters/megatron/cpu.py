@@ -3,8 +3,9 @@
 megatron-core 0.16.1 runs forward and backward on gloo once its habits are answered: it asks CUDA
 for the device of new buffers, keeps CUDA generator states for dropout, and warns unless a CUDA
 variable is set. Its pipeline schedules make a counter on `device="cuda"` and wait for the device;
-a tied embedding is moved to it. Its default causal mask is the last, also `device="cuda"`;
-layers.py needs no mask.
+a tied embedding is moved to it. A token dispatcher copies its counts on a CUDA stream, the router
+asks for a Transformer Engine kernel by name, and latent attention for its linear layer. Its default
+causal mask is the last, also `device="cuda"`; layers.py needs no mask.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import Any
 
 import torch
 
-from kimisys.adapters.megatron.core import random_states, schedules
+from kimisys.adapters.megatron.core import (
+    moe_utils,
+    multi_latent_attention,
+    random_states,
+    schedules,
+    token_dispatcher,
+)
+from kimisys.adapters.megatron.layers import DuplicatedLinear
 
 
 class NoRandomStates:
@@ -56,6 +64,21 @@ class SchedulesTorch:
         return torch.zeros(*size, **options)
 
 
+_SPLITS = ("input_splits", "output_splits", "output_splits_tp")
+
+
+def _counts_on_host(
+    dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """What the token dispatcher copies to the host on a stream of its own is there already; how
+    many tokens go where it wants as numpy arrays."""
+    for name in _SPLITS:
+        value = getattr(dispatcher, name, None)
+        if isinstance(value, torch.Tensor):
+            setattr(dispatcher, name, value.numpy())
+    return tokens_per_expert
+
+
 def _cpu_device() -> torch.device:
     return torch.device("cpu")
 
@@ -79,6 +102,13 @@ def apply() -> None:
     torch.cuda.synchronize = _synchronize
     torch.Tensor.cuda = _stay  # type: ignore[assignment,method-assign]
     schedules.torch = SchedulesTorch()
+    # without Transformer Engine, this name is asked for and not there
+    moe_utils.__dict__.setdefault("te_general_gemm", None)
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = "host"  # anything but None, for which a CUDA stream is made
+    dispatcher._maybe_dtoh_and_synchronize = _counts_on_host
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.TELinear = DuplicatedLinear
     if not isinstance(random_states._CUDA_RNG_STATE_TRACKER, NoRandomStates):
         random_states._CUDA_RNG_STATE_TRACKER = NoRandomStates()
         random_states._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
