@@ -62,7 +62,7 @@ def binding(ranks: int) -> dict[str, str]:
         ("deepseek_v3", "tp=1", LATENT),
         ("qwen3_moe", "tp=1", {}),
         ("mixtral", "tp=1", {}),
-        ("qwen3_moe", "tp=2,ep=on", {}),
+        ("qwen3_moe", "tp=2", {}),
     ],
 )
 def test_probes_agree_to_the_bit(
