@@ -11,7 +11,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from kimisys.adapters.vllm.parallel import EngineParallel
-from kimisys.adapters.vllm.stand_in import as_rank
+from kimisys.adapters.vllm.stand_in import as_rank, every_kernel
 from kimisys.errors import KimisysError, LayoutError, TraceError
 from kimisys.reshard import Layout, Tensor
 from kimisys.reshard.tracer import trace_layout
@@ -116,6 +116,7 @@ def build_model(
     try:
         with (
             as_rank(parallel, rank, layers),
+            every_kernel() if config.quant_config is not None else nullcontext(),
             torch.device(device),
             set_default_torch_dtype(dtype),
         ):
