@@ -23,9 +23,11 @@ ALLOWED = {
     "kimisys.rewards": {"kimisys.errors"},
     "kimisys.adapters.megatron": {
         "numpy", "torch", "megatron", "kimisys.errors", "kimisys.reshard",
+        "kimisys.adapters.trace_cache",
     },
     "kimisys.adapters.vllm": {
         "numpy", "torch", "vllm", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast",
+        "kimisys.adapters.trace_cache",
     },
     "kimisys.adapters.ray": {"ray", "kimisys.errors"},
     "kimisys.adapters": set(),
