@@ -30,6 +30,7 @@ ALLOWED = {
     },
     "kimisys.adapters.vllm": {
         "numpy", "torch", "vllm", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast",
+        "kimisys.adapters.trace_cache",
     },
     "kimisys.adapters.dtensor": {
         "numpy", "torch", "transformers", "kimisys.errors", "kimisys.reshard",

@@ -11,7 +11,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from kimisys.adapters.vllm.parallel import EngineParallel
-from kimisys.adapters.vllm.stand_in import as_rank
+from kimisys.adapters.vllm.stand_in import as_rank, every_kernel
 from kimisys.errors import KimisysError, LayoutError, TraceError
 from kimisys.reshard import Layout, Tensor
 from kimisys.reshard.tracer import trace_layout
@@ -36,6 +36,7 @@ def offline_config(
     """A vLLM configuration for tracing without an engine.
 
     model: a folder with a config.json. dtype: of the parameters; "auto" is what config.json says.
+    Raises LayoutError, with vLLM's own reason, for a configuration that it does not take.
     """
     arguments = EngineArgs(
         model=str(model),
@@ -47,6 +48,11 @@ def offline_config(
     variables = dict(os.environ)
     try:
         return arguments.create_engine_config()
+    except (ValueError, OSError, KeyError) as error:
+        raise LayoutError(
+            f"vLLM takes no model from {str(model)!r}: {_reason(error)}; compare its config.json "
+            "with one of an architecture that this vLLM knows"
+        ) from error
     finally:  # vLLM prepares this process for being an engine, LD_PRELOAD included
         os.environ.clear()
         os.environ.update(variables)
@@ -111,11 +117,12 @@ def build_model(
     try:
         with (
             as_rank(parallel, rank, layers),
+            every_kernel() if config.quant_config is not None else nullcontext(),
             torch.device(device),
             set_default_torch_dtype(dtype),
         ):
             module = initialize_model(vllm_config=config)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
         raise LayoutError(
             f"vLLM cannot build {config.model_config.architectures} for {parallel}: "
             f"{_reason(error)}; choose sizes that divide heads, key-value heads, hidden sizes and "

@@ -62,6 +62,21 @@ class Members:
         return self.own
 
 
+@contextmanager
+def every_kernel() -> Iterator[None]:
+    """Constructors find a kernel for quantized weights on a CPU that could not run it.
+
+    The CPU build has FP8 kernels for AMX alone. Parameters are the same; nothing is computed here.
+    """
+    library: Any = torch.cpu
+    supported = library._is_amx_tile_supported
+    library._is_amx_tile_supported = lambda: True
+    try:
+        yield
+    finally:
+        library._is_amx_tile_supported = supported
+
+
 def _groups(parallel: EngineParallel, rank: int) -> dict[str, Group]:
     """vLLM's module-level groups by name, as `initialize_model_parallel` would set them."""
     at = parallel.place(rank)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +84,64 @@ def test_every_parameter_is_filled_as_vllm_fills_it(
         for name, parameter in expected.items():
             assert torch.equal(landed[name], parameter), f"{name} of rank {rank}"
     check_back(given, Layout.merge(layouts), models[family], parallel)
+
+
+FP8: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_rope_head_dim": 32,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "qk_nope_head_dim": 96,
+    "v_head_dim": 32,
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    },
+}
+
+
+def quantized(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As DeepSeek's checkpoints are: weights of linear layers in FP8, scales for 128 x 128 blocks.
+
+    Neither is computed from the other here: any bits will do.
+    """
+    made = {}
+    for name, tensor in given.items():
+        if tensor.dim() < 2 or any(part in name for part in ("embed", "lm_head", "mlp.gate.")):
+            made[name] = tensor.bfloat16()
+            continue
+        made[name] = tensor.to(torch.float8_e4m3fn)
+        blocks = [-(-size // 128) for size in tensor.shape]
+        made[f"{name}_scale_inv"] = torch.rand(blocks)
+    return made
+
+
+@pytest.mark.parametrize("text", ["tp=2", "tp=2,dp=2,ep=on", "pp=3"])
+def test_fp8_weights_and_their_scales_are_placed_as_vllm_does(tmp_path: Path, text: str) -> None:
+    folder = write_config(tmp_path, False, "deepseek_v3", **FP8)
+    plain = {name: v for name, v in FP8.items() if name != "quantization_config"}
+    given = quantized(
+        checkpoint(write_config(tmp_path / "plain", False, "deepseek_v3", **plain), 3)
+    )
+    config, parallel = offline_config(folder, "bfloat16"), EngineParallel.parse(text)
+    for rank in range(parallel.engine_size):
+        loaded = build_model(config, parallel, rank, device="cpu")
+        loaded.load(given)
+        layout = trace_vllm_layout(config, tensor_table(given), parallel, rank)
+        expected = {n: p.detach() for n, p in loaded.module.named_parameters()}
+        landed = {name: torch.empty_like(p) for name, p in expected.items()}
+        made = plan(memory_layout(given), layout)
+        made.execute(memory_buffers(given), memory_buffers(landed, rank))
+        assert any(name.endswith("w13_weight_scale_inv") for name in expected) or rank == 0
+        for name, parameter in expected.items():
+            same = torch.equal(landed[name].view(torch.uint8), parameter.view(torch.uint8))
+            assert same, f"{name} of rank {rank}"
 
 
 def check_back(
