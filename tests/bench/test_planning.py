@@ -1,0 +1,48 @@
+"""The planning benchmark's cases on placements small enough to count by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from bench.harness import Case, measure
+from bench.planning import megatron_peer, mooncake_peer
+from bench.planning.cases import experts
+from bench.planning.experts import ExpertPlacement, traffic_of
+from kimisys.reshard import plan
+
+SMALL = ExpertPlacement(
+    layers=5,
+    experts=8,
+    hidden=16,
+    width=4,
+    source_expert_ranks=4,
+    source_stages=2,
+    destination_ranks=2,
+)
+
+
+def test_all_three_planners_move_the_same_bytes_between_the_same_ranks() -> None:
+    ours = traffic_of(plan(*SMALL.layouts()))
+    given = megatron_peer.setting(SMALL)
+    assert ours == SMALL.traffic()
+    assert ours == megatron_peer.traffic_of(megatron_peer.planned(given), given)
+    manifests = mooncake_peer.manifests(SMALL)
+    assert ours == mooncake_peer.traffic_of(mooncake_peer.planned(*manifests), 4)
+    # layers 0, 1 and 2 are stage 0: rank 0 holds experts 0 and 1 of them, 3 matrices of 128 bytes
+    assert ours[0, 0] == 3 * 2 * 3 * 128
+    assert sum(ours.values()) == 5 * 8 * 3 * 128
+
+
+def test_the_cases_give_right_answers() -> None:
+    for case in experts(SMALL):
+        record = measure("reshard", case, repeats=3)
+        assert record.correct, case.name
+        assert [peer.rounds for peer in record.peers][:1] == [2]
+
+
+def test_a_peer_that_plans_other_transfers_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mooncake_peer, "traffic_of", lambda plan, ranks: Counter())
+    case: Case = next(experts(SMALL))
+    assert not measure("reshard", case, repeats=2).correct
