@@ -10,7 +10,8 @@ from bench.planning import megatron_peer, mooncake_peer
 from bench.planning.experts import ExpertPlacement, Traffic, traffic_of
 from kimisys.reshard import plan
 
-MOONCAKE_ROUNDS = 2  # about a minute each
+MOONCAKE = "mooncake.reshard"  # minutes for each plan of 69,120 copies: one round
+MEGATRON = "megatron.core (no proof)"
 
 
 class Kept:
@@ -26,46 +27,46 @@ class Kept:
 
 def experts(placement: ExpertPlacement, name: str = "Kimi-K2's experts") -> Iterator[Case]:
     """Plan and proof of expert layers, from layouts that are there, and with making them."""
-    copies = placement.layers * placement.experts * 3
+    form = "stacked, " if placement.stacked else ""
     title = (
-        f"{name}, EP{placement.source_expert_ranks} x PP{placement.source_stages} → "
-        f"EP{placement.destination_ranks}, {copies:,} copies"
+        f"{name}, {form}EP{placement.source_expert_ranks} x PP{placement.source_stages} → "
+        f"EP{placement.destination_ranks}, {placement.copies:,} copies"
     )
+    rounds = {} if placement.stacked else {MOONCAKE: 1}
     expected = placement.traffic()
-    sides = placement.layouts()
-    manifests = Kept(lambda: mooncake_peer.manifests(placement))
-    manifests()
-    given = megatron_peer.setting(placement)
+    sides, manifests = placement.layouts(), mooncake_peer.manifests(placement)
     ours = Kept(lambda: plan(*sides))
-    mooncake = Kept(lambda: mooncake_peer.planned(*manifests.made))
-    megatron = Kept(lambda: megatron_peer.planned(given))
+    peers = {MOONCAKE: Kept(lambda: mooncake_peer.planned(*manifests))}
 
-    def of_mooncake() -> Traffic:
-        return mooncake_peer.traffic_of(mooncake.made, placement.source_expert_ranks)
+    def of_mooncake(plan: Any) -> Traffic:
+        return mooncake_peer.traffic_of(plan, placement.source_expert_ranks)
 
-    def of_megatron() -> Traffic:
-        return megatron_peer.traffic_of(megatron.made, given)
+    def right() -> bool:
+        return ours.made.proof.copies == placement.copies and traffic_of(ours.made) == expected
 
-    yield Case(
-        f"{title}: plan + proof",
-        ours,
-        {"mooncake.reshard": mooncake, "megatron.core (no proof)": megatron},
-        lambda: ours.made.proof.copies == copies and traffic_of(ours.made) == expected,
-        peer_rounds={"mooncake.reshard": MOONCAKE_ROUNDS},
-        agree=lambda: of_mooncake() == expected == of_megatron(),
-    )
-    ours = Kept(lambda: plan(*placement.layouts()))
-    mooncake = Kept(lambda: mooncake_peer.planned(*mooncake_peer.manifests(placement)))
+    def agree() -> bool:
+        if MEGATRON in peers:
+            theirs = megatron_peer.traffic_of(peers[MEGATRON].made, given)
+            return of_mooncake(peers[MOONCAKE].made) == expected == theirs
+        return of_mooncake(peers[MOONCAKE].made) == expected
+
+    if not placement.stacked:  # megatron-core knows an expert by its parameter's name alone
+        given = megatron_peer.setting(placement)
+        peers[MEGATRON] = Kept(lambda: megatron_peer.planned(given))
+    yield Case(f"{title}: plan + proof", ours, {**peers}, right, agree=agree, peer_rounds=rounds)
+    both = Kept(lambda: plan(*placement.layouts()))
+    theirs = Kept(lambda: mooncake_peer.planned(*mooncake_peer.manifests(placement)))
     yield Case(
         f"{title}: layouts + plan + proof",
-        ours,
-        {"mooncake.reshard": mooncake},
-        lambda: traffic_of(ours.made) == expected,
-        peer_rounds={"mooncake.reshard": MOONCAKE_ROUNDS},
-        agree=lambda: of_mooncake() == expected,
+        both,
+        {MOONCAKE: theirs},
+        lambda: traffic_of(both.made) == expected,
+        agree=lambda: of_mooncake(theirs.made) == expected,
+        peer_rounds=rounds,
     )
 
 
 def cases() -> Iterator[Case]:
     """What `python -m bench reshard` runs beside the copies."""
     yield from experts(ExpertPlacement())
+    yield from experts(ExpertPlacement(stacked=True))

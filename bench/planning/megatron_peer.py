@@ -96,7 +96,7 @@ def _model(
     placement: ExpertPlacement, rank: int, ranks: list[int], layers: list[int], held: int
 ) -> nn.Module:
     """A skeleton with a Megatron model's names and attributes: `held` experts of each layer."""
-    shapes = {LINEARS[matrix.kind]: matrix.shape for matrix in _first_expert(placement)}
+    shapes = {LINEARS[kind]: shape for kind, shape in placement.matrices.items()}
     dtype = getattr(torch, placement.dtype)
     model = nn.Module()
     model.decoder = nn.Module()
@@ -120,11 +120,6 @@ def _model(
     alone = [rank]
     model.pg_collection = SimpleNamespace(tp=alone, expt_tp=alone, ep=ranks, dp=ranks, pp=alone)
     return model
-
-
-def _first_expert(placement: ExpertPlacement) -> Iterator[Any]:
-    matrices = placement.matrices()
-    return (next(matrices) for _ in LINEARS)
 
 
 def _metadata(model: nn.Module, rank: int, experts: int) -> list[ParameterMetadata]:

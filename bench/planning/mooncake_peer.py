@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from math import prod
 
@@ -13,6 +12,7 @@ from mooncake.reshard.weight import (
     ParallelTopology,
     PlacementFragment,
     PlanningLimits,
+    SplitAxis,
     TensorDescriptor,
     TopologyParticipant,
     WeightPlacementManifest,
@@ -33,35 +33,36 @@ LIMITS = PlanningLimits(
 def manifests(
     placement: ExpertPlacement,
 ) -> tuple[WeightPlacementManifest, WeightPlacementManifest]:
-    """Its placements of the source and of the destination: whole experts with declared owners."""
+    """Its placements of the source and of the destination: whole experts with declared owners, or
+    stacked experts split among the expert ranks."""
     size = itemsize(placement.dtype)
-    owned = (OwnershipAxis("pp"), OwnershipAxis("ep"))
-    tensors, sides = [], ([], [])
-    for name, layer, expert, _, shape in placement.matrices():
-        tensors.append(
-            TensorDescriptor(
-                tensor_id=name,
-                global_shape=shape,
-                dtype=placement.dtype,
-                itemsize=size,
-                shard_dims=(),
-                layout_fingerprint=hashlib.sha256(b"row-major").hexdigest(),
-                parallel_axes=owned,
-                layer_id=layer,
-                expert_id=expert,
-            )
-        )
-        stage, source = divmod(placement.source_rank(layer, expert), placement.source_expert_ranks)
-        owners = (
-            ParallelRank(pp=stage, ep=source),
-            ParallelRank(ep=placement.destination_rank(expert)),
-        )
-        for side, owner in zip(sides, owners, strict=True):
-            side.append(PlacementFragment(name, (0, 0), shape, prod(shape) * size, owner))
-    stages, ranks = placement.source_stages, placement.source_expert_ranks
+    tensors: dict[str, TensorDescriptor] = {}
+    sides: tuple[list[PlacementFragment], list[PlacementFragment]] = [], []
+    grid = placement.source_expert_ranks, placement.destination_ranks
+    for side, pieces, ranks in zip(
+        sides, (placement.source(), placement.destination()), grid, strict=True
+    ):
+        for name, shape, layer, expert, rank, offset, extent in pieces:
+            if name not in tensors:
+                split = SplitAxis("ep", 0) if expert is None else OwnershipAxis("ep")
+                tensors[name] = TensorDescriptor(
+                    tensor_id=name,
+                    global_shape=shape,
+                    dtype=placement.dtype,
+                    itemsize=size,
+                    shard_dims=(0,) if expert is None else (),
+                    layout_fingerprint="row-major",
+                    parallel_axes=(OwnershipAxis("pp"), split),
+                    layer_id=layer,
+                    expert_id=expert,
+                )
+            stage, owner = divmod(rank, ranks)
+            at = ParallelRank(pp=stage, ep=owner)
+            side.append(PlacementFragment(name, offset, extent, prod(extent) * size, at))
+    described = list(tensors.values())
     return (
-        _manifest("source", stages, ranks, tensors, sides[0]),
-        _manifest("destination", 1, placement.destination_ranks, tensors, sides[1]),
+        _manifest("source", placement.source_stages, grid[0], described, sides[0]),
+        _manifest("destination", 1, grid[1], described, sides[1]),
     )
 
 
