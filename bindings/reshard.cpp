@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "bindings.h"
+#include "convert.h"
 #include "memory.h"
 #include "reshard/execute.h"
 #include "reshard/layout.h"
@@ -18,42 +19,6 @@ namespace kimisys::bindings {
 namespace {
 
 using namespace reshard;  // NOLINT: a binding file names nearly all of it
-
-template <typename T>
-std::string repr(const T& value) {
-  std::ostringstream text;
-  text << value;
-  return text.str();
-}
-
-py::tuple as_tuple(const Dims& dims) { return py::tuple(py::cast(dims)); }
-
-// A table of the layout as a tuple of values.
-template <typename T>
-py::tuple as_tuple(const std::vector<T>& items) {
-  py::tuple tuple(items.size());
-  for (std::size_t i = 0; i < items.size(); ++i) tuple[i] = py::cast(items[i]);
-  return tuple;
-}
-
-// Read-only properties for a member that is a Dims or a DType.
-template <typename T>
-auto dims_of(Dims T::* member) {
-  return [member](const T& self) { return as_tuple(self.*member); };
-}
-
-template <typename T>
-auto dtype_of(DType T::* member) {
-  return [member](const T& self) { return std::string(dtype_name(self.*member)); };
-}
-
-// __repr__, __eq__ and a __hash__ that agrees with it, from the printed form.
-template <typename T>
-void bind_value(py::class_<T>& type) {
-  type.def("__repr__", &repr<T>).def(py::self == py::self).def("__hash__", [](const T& self) {
-    return py::hash(py::str(repr(self)));
-  });
-}
 
 void bind_tables(py::module_& module) {
   module.def(
@@ -151,10 +116,8 @@ void bind_parts(py::module_& module) {
   bind_value(place);
 }
 
-using SharedLayout = std::shared_ptr<const Layout>;
-
 void bind_layout(py::module_& module) {
-  py::class_<Layout, std::shared_ptr<Layout>>(
+  py::class_<Layout, SharedLayout>(
       module, "Layout",
       "All fragments of one side, validated at construction (LayoutError) and frozen.\n"
       "tensors are sorted by name, buffers by (rank, name), places by rank; fragments and\n"
@@ -259,8 +222,10 @@ void bind_plan(py::module_& module) {
   py::class_<Plan>(module, "Plan",
                    "The copies from a source layout to a destination layout, proven to write each\n"
                    "destination byte exactly once.")
-      .def_property_readonly("source", [](const Plan& self) { return self.source(); })
-      .def_property_readonly("destination", [](const Plan& self) { return self.destination(); })
+      .def_property_readonly("source",
+                             [](const Plan& self) { return shared(self.shared_source()); })
+      .def_property_readonly("destination",
+                             [](const Plan& self) { return shared(self.shared_destination()); })
       .def_property_readonly("copies",
                              [](const Plan& self) {
                                std::vector<Copy> copies;
@@ -306,11 +271,9 @@ void bind_plan(py::module_& module) {
       .def("__repr__", &repr<Plan>);
   module.def(
       "plan",
-      [](const Layout& source, const Layout& destination) {
-        auto from = std::make_shared<const Layout>(source);
-        auto to = std::make_shared<const Layout>(destination);
+      [](SharedLayout source, SharedLayout destination) {
         const py::gil_scoped_release release;
-        return make_plan(std::move(from), std::move(to));
+        return make_plan(std::move(source), std::move(destination));
       },
       py::arg("source"), py::arg("destination"),
       "Plans the copies that fill `destination` from `source` and proves them; PlanError names\n"
@@ -336,6 +299,7 @@ void bind_reshard(py::module_& module) {
   bind_layout(reshard);
   bind_copy(reshard);
   bind_plan(reshard);
+  bind_symbolic(reshard);
 }
 
 }  // namespace kimisys::bindings

@@ -203,6 +203,11 @@ std::optional<std::size_t> Layout::find_buffer(std::int64_t rank, std::string_vi
   return static_cast<std::size_t>(found - buffers_.begin());
 }
 
+std::span<const Buffer> Layout::buffers_of(std::int64_t rank) const {
+  const auto [first, last] = std::ranges::equal_range(buffers_, rank, {}, &Buffer::rank);
+  return {first, last};
+}
+
 Place Layout::place_of(std::int64_t rank) const {
   const auto found =
       std::lower_bound(places_.begin(), places_.end(), rank,

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <iosfwd>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -112,6 +113,7 @@ class Layout {
 
   std::optional<std::size_t> find_tensor(std::string_view name) const;
   std::optional<std::size_t> find_buffer(std::int64_t rank, std::string_view name) const;
+  std::span<const Buffer> buffers_of(std::int64_t rank) const;
   Place place_of(std::int64_t rank) const;
 
   // The union of several layouts, fragments in the order of the arguments. Raises LayoutError when

@@ -68,8 +68,14 @@ class Plan {
   Plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination,
        std::vector<Step> steps);
 
+  // The same for what one source rank writes of a whole plan (see prove).
+  Plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination,
+       std::vector<Step> steps, std::optional<std::int64_t> share_of);
+
   const Layout& source() const { return *source_; }
   const Layout& destination() const { return *destination_; }
+  const std::shared_ptr<const Layout>& shared_source() const { return source_; }
+  const std::shared_ptr<const Layout>& shared_destination() const { return destination_; }
   const std::vector<Step>& steps() const { return steps_; }
   const Proof& proof() const { return proof_; }
 
@@ -93,9 +99,6 @@ class Plan {
   Plan of_source(std::int64_t source_rank) const;
 
  private:
-  Plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination,
-       std::vector<Step> steps, std::optional<std::int64_t> share_of);
-
   std::shared_ptr<const Layout> source_;
   std::shared_ptr<const Layout> destination_;
   std::vector<Step> steps_;

@@ -2,41 +2,53 @@
 
 A ``Layout`` says where each rank stores which region of which tensor. ``plan`` joins two layouts
 into strided copies and proves that every destination byte is written exactly once. ``Plan.execute``
-runs the copies on memory; ``Plan.bind`` checks the memory once, for many runs. Needs numpy alone.
+runs the copies on memory; ``Plan.bind`` checks the memory once, for many runs. A ``SymbolicLayout``
+names the layers of a model that repeat, and ``symbolic_plan`` plans and proves them once. Needs
+numpy alone.
 """
 
 from kimisys._core.reshard import (
+    Block,
     Buffer,
     Copy,
     Execution,
     Fragment,
+    Instance,
     Layout,
     Padding,
     Place,
     Plan,
     Proof,
     Region,
+    SymbolicLayout,
+    SymbolicPlan,
     Tensor,
     implementations,
     itemsize,
     plan,
     prove,
+    symbolic_plan,
 )
 
 __all__ = [
+    "Block",
     "Buffer",
     "Copy",
     "Execution",
     "Fragment",
+    "Instance",
     "Layout",
     "Padding",
     "Place",
     "Plan",
     "Proof",
     "Region",
+    "SymbolicLayout",
+    "SymbolicPlan",
     "Tensor",
     "implementations",
     "itemsize",
     "plan",
     "prove",
+    "symbolic_plan",
 ]
