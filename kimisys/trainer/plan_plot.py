@@ -54,10 +54,11 @@ def _matrix(figure: Figure, axes: Axes, report: PlanReport) -> None:
     sent = matrix(report)
     shown = np.ma.masked_equal(sent, 0)
     low, high = (int(shown.min()), int(shown.max())) if sent.any() else (1, 2)
+    low = max(1, min(low, high // 2))  # a scale needs two ends
     image = axes.imshow(
         shown,
         cmap=_HEAT,
-        norm=LogNorm(max(1, min(low, high // 2)), high),  # two ends that differ
+        norm=LogNorm(low, high),
         interpolation="nearest",
         aspect="auto",
         origin="upper",
@@ -68,8 +69,9 @@ def _matrix(figure: Figure, axes: Axes, report: PlanReport) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 4, 8, 10]))
     bar = figure.colorbar(image, ax=axes, orientation="horizontal", pad=0.02, aspect=40)
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _axis_bytes(value)))
-    bar.ax.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    ticks = np.geomspace(low, high, 5)
+    bar.set_ticks(list(ticks), labels=[_axis_bytes(tick) for tick in ticks])
+    bar.minorticks_off()
     bar.set_label("bytes of a pair")
 
 
