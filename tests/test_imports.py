@@ -23,6 +23,7 @@ ALLOWED = {
     "kimisys.rewards": {"kimisys.errors"},
     "kimisys.adapters.megatron": {
         "numpy", "torch", "megatron", "kimisys.errors", "kimisys.reshard",
+        "kimisys.adapters.trace_cache",
     },
     "kimisys.adapters.vllm": {
         "numpy", "torch", "vllm", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast",

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from kimisys.adapters.megatron.core import random_states, schedules
+from kimisys.adapters.megatron.core import (
+    moe_utils,
+    multi_latent_attention,
+    random_states,
+    schedules,
+    token_dispatcher,
+)
+from kimisys.adapters.megatron.layers import DuplicatedLinear
 
 
 class NoRandomStates:
@@ -56,6 +63,13 @@ class SchedulesTorch:
         return torch.zeros(*size, **options)
 
 
+class _NoStream:
+    """Stands in for the CUDA stream on which a token dispatcher copies counts to the host."""
+
+
+_NO_STREAM = _NoStream()
+
+
 def _cpu_device() -> torch.device:
     return torch.device("cpu")
 
@@ -79,6 +93,11 @@ def apply() -> None:
     torch.cuda.synchronize = _synchronize
     torch.Tensor.cuda = _stay  # type: ignore[assignment,method-assign]
     schedules.torch = SchedulesTorch()
+    # without Transformer Engine, this name is asked for and not there
+    moe_utils.__dict__.setdefault("te_general_gemm", None)
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NO_STREAM
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.TELinear = DuplicatedLinear
     if not isinstance(random_states._CUDA_RNG_STATE_TRACKER, NoRandomStates):
         random_states._CUDA_RNG_STATE_TRACKER = NoRandomStates()
         random_states._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

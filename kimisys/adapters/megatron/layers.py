@@ -68,8 +68,9 @@ class CausalAttention(torch.nn.Module):
         attention_mask: None,
         **_: Any,
     ) -> torch.Tensor:
-        """query: [s, b, heads, d]; key, value: [s, b, groups, d]. Returns [s, b, heads · d]."""
-        length, batch, heads, width = query.shape
+        """query: [s, b, heads, d]; key: [s, b, groups, d]; value: [s, b, groups, e]. Returns
+        [s, b, heads · e]."""
+        length, batch = query.shape[:2]
         context = functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
@@ -78,4 +79,23 @@ class CausalAttention(torch.nn.Module):
             scale=self.softmax_scale,
             enable_gqa=True,
         )
-        return context.permute(2, 0, 1, 3).reshape(length, batch, heads * width)
+        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """y = x · weightᵀ, the weight whole on every tensor-parallel rank: what Transformer Engine's
+    linear layer is in `parallel_mode="duplicated"`, and latent attention's down projections are in
+    Megatron's own layer spec for it."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        weight = torch.empty(output_size, input_size, dtype=config.params_dtype)
+        if config.perform_initialization:
+            init_method(weight)
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """x: [..., input_size]. Returns [..., output_size], and that there is no bias."""
+        return functional.linear(x, self.weight), None

@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from kimisys.adapters.megatron import cpu
 from kimisys.adapters.megatron.core import parallel_state
-from kimisys.adapters.megatron.families import check_layout, check_world
+from kimisys.adapters.megatron.families import check_model, family_of
+from kimisys.adapters.megatron.parallel import Parallel, of_world
 from kimisys.errors import LayoutError
 
 
@@ -36,8 +37,22 @@ def initialize(
     timeout_seconds: float = 60.0,
     hf_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Join the other ranks and form Megatron's groups: tensor-parallel groups of `tensor_parallel`
-    neighbours; the pipeline's stages take the ranks in order, so stage 0 has the first ones.
+    """`join` with shards and stages alone: tensor-parallel groups of `tensor_parallel` neighbours;
+    the pipeline's stages take the ranks in order, so stage 0 has the first ones."""
+    parallel = of_world(tensor_parallel, pipeline_parallel, world_size)
+    join(parallel, rank, address, port, seed, timeout_seconds, hf_config)
+
+
+def join(
+    parallel: Parallel,
+    rank: int,
+    address: str,
+    port: int,
+    seed: int,
+    timeout_seconds: float = 60.0,
+    hf_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Join the other ranks and form Megatron's groups.
 
     Rank 0 listens at `address`:`port` (an IP address; loopback keeps every socket on the loopback
     interface). `seed`, equal on all ranks, seeds torch's generator: alike for the ranks of one
@@ -47,9 +62,9 @@ def initialize(
     `hf_config`, also of the model) before anything starts; TimeoutError, naming the ranks that did
     not come.
     """
-    check_world(tensor_parallel, pipeline_parallel, world_size)
+    world_size = parallel.world_size
     if hf_config is not None:
-        check_layout(hf_config, tensor_parallel, pipeline_parallel, world_size)
+        check_model(family_of(hf_config), parallel)
     _check_rank(rank, world_size)
     if ipaddress.ip_address(address).is_loopback:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -57,7 +72,7 @@ def initialize(
     timeout = timedelta(seconds=timeout_seconds)
     store = _meet(rank, world_size, address, port, timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    _form_groups(tensor_parallel, pipeline_parallel, timeout)
+    _form_groups(parallel, timeout)
     torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
@@ -73,7 +88,14 @@ def shutdown() -> None:
 def offline(
     tensor_parallel: int, pipeline_parallel: int, rank: int, world_size: int
 ) -> Iterator[None]:
-    """Be `rank` of `world_size` inside the block, alone: collectives do nothing, but groups have
+    """`as_rank` with shards and stages alone."""
+    with as_rank(of_world(tensor_parallel, pipeline_parallel, world_size), rank):
+        yield
+
+
+@contextmanager
+def as_rank(parallel: Parallel, rank: int) -> Iterator[None]:
+    """Be `rank` of `parallel` inside the block, alone: collectives do nothing, but groups have
     their sizes.
 
     For building models on the meta device and asking them for their layout. Raises LayoutError for
@@ -81,11 +103,10 @@ def offline(
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    check_world(tensor_parallel, pipeline_parallel, world_size)
-    _check_rank(rank, world_size)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    _check_rank(rank, parallel.world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
     try:
-        _form_groups(tensor_parallel, pipeline_parallel, timedelta(seconds=60))
+        _form_groups(parallel, timedelta(seconds=60))
         yield
     finally:
         shutdown()
@@ -98,11 +119,15 @@ def _check_rank(rank: int, world_size: int) -> None:
         raise LayoutError(f"rank {rank} is not one of the {world_size} ranks 0..{world_size - 1}")
 
 
-def _form_groups(tensor_parallel: int, pipeline_parallel: int, timeout: timedelta) -> None:
+def _form_groups(parallel: Parallel, timeout: timedelta) -> None:
     cpu.apply()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel,
-        pipeline_model_parallel_size=pipeline_parallel,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,  # beside NCCL ones; ours are gloo already
     )

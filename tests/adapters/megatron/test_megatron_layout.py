@@ -200,7 +200,7 @@ def test_bfloat16_parameters_are_bytes_too() -> None:
         ({"intermediate_size": 97}, 2, 2, r"does not divide intermediate_size 97 .*one of \[1\]"),
         ({"num_key_value_heads": 3}, 1, 1, "not a multiple of num_key_value_heads 3"),
         ({"architectures": ["OPTForCausalLM"]}, 1, 1, "'OPTForCausalLM' is not supported"),
-        ({"architectures": None}, 1, 1, "must be one of: LlamaForCausalLM, Qwen2ForCausalLM, Qwen"),
+        ({"architectures": None}, 1, 1, "must be one of: DeepseekV3ForCausalLM, Llama"),
         ({"attention_bias": True}, 1, 1, "attention_bias True"),
         ({"use_sliding_window": True}, 1, 1, "use_sliding_window True"),
         ({"hidden_act": "gelu"}, 1, 1, "hidden_act 'gelu'"),
@@ -301,4 +301,11 @@ def test_a_missing_rank_is_named() -> None:
 
 
 def test_architectures_are_listed() -> None:
-    assert implementations() == ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+    assert implementations() == [
+        "DeepseekV3ForCausalLM",
+        "LlamaForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+    ]

@@ -8,14 +8,21 @@ tensors, and which layouts are possible. One file for each, and one for what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
+from kimisys.adapters.megatron.families.deepseek_v3 import DeepseekV3
 from kimisys.adapters.megatron.families.llama import Llama
+from kimisys.adapters.megatron.families.mixtral import Mixtral
+from kimisys.adapters.megatron.families.part import Part
 from kimisys.adapters.megatron.families.qwen2 import Qwen2
 from kimisys.adapters.megatron.families.qwen3 import Qwen3
+from kimisys.adapters.megatron.families.qwen3_moe import Qwen3Moe
+from kimisys.adapters.megatron.parallel import Parallel, check_stages, of_world
 from kimisys.errors import LayoutError
 from kimisys.reshard import Tensor
 
@@ -29,7 +36,7 @@ class Family(Protocol):
 
     @property
     def layers(self) -> int:
-        """Transformer layers; a pipeline gives each stage as many."""
+        """Transformer layers."""
 
     @property
     def heads(self) -> int:
@@ -45,15 +52,11 @@ class Family(Protocol):
 
     @property
     def intermediate_size(self) -> int:
-        """Columns of the MLP."""
+        """Columns of the dense MLP."""
 
-    @property
-    def vocabulary_keys(self) -> tuple[str, ...]:
-        """Keys of the Megatron tensors whose axis 0 is the padded vocabulary."""
-
-    def check_tensor_parallel(self, size: int) -> None:
-        """Raise LayoutError, saying what would be legal, when the model cannot be split over
-        `size` ranks."""
+    def check(self, parallel: Parallel) -> None:
+        """Raise LayoutError, saying what would be legal, when the ranks of a stage cannot share
+        out the model so."""
 
     def has_partial_gradient(self, parameter: str) -> bool:
         """True for a parameter that is replicated over TP ranks but sees only the rank's own
@@ -65,19 +68,29 @@ class Family(Protocol):
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of megatron-core's GPTModel that the architecture decides."""
 
+    def parts(self) -> Sequence[Part]:
+        """The model in pieces: each says which tensors a checkpoint has of it, and how they lie
+        in Megatron's. Every tensor is in one piece."""
+
     def hf_tensors(self, dtype: str) -> list[Tensor]:
-        """The checkpoint's tensors, in Hugging Face coordinates."""
-
-    def rule(self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]) -> None:
-        """Copy Megatron's global tensors (by key) to Hugging Face tensors (by name), with views
-        alone."""
+        """The checkpoint's tensors, in Hugging Face coordinates; of `dtype` unless their part says
+        otherwise. `tensors_of(parts, dtype)` is the answer."""
 
 
-_FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
+FamilyReader = Callable[[Mapping[str, Any]], Family]
+"""Makes a family out of the contents of config.json."""
+
+_FAMILIES: dict[str, FamilyReader] = {
+    "DeepseekV3ForCausalLM": DeepseekV3.from_config,
     "LlamaForCausalLM": Llama.from_config,
+    "MixtralForCausalLM": Mixtral.from_config,
     "Qwen2ForCausalLM": Qwen2.from_config,
     "Qwen3ForCausalLM": Qwen3.from_config,
+    "Qwen3MoeForCausalLM": Qwen3Moe.from_config,
 }
+
+
+_OURS = frozenset(_FAMILIES.values())
 
 
 def implementations() -> list[str]:
@@ -85,11 +98,41 @@ def implementations() -> list[str]:
     return sorted(_FAMILIES)
 
 
-def family_of(hf_config: Mapping[str, Any]) -> Family:
+Converter = Callable[[str, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], None]
+"""A function that stands in for a family's rules: (name of the part, Megatron's tensors by key,
+Hugging Face's tensors by name), names as the part's own rule sees them."""
+
+
+def family_of(
+    hf_config: Mapping[str, Any],
+    reader: FamilyReader | None = None,
+    converter: Converter | None = None,
+) -> Family:
     """The family of a Hugging Face configuration (the contents of config.json).
 
-    Raises LayoutError, naming the architecture, when it is not supported.
+    reader: makes a family that is not registered. converter: replaces the family's rules. Raises
+    LayoutError, naming the architecture, when it is not supported.
     """
+    family = _registered(hf_config)(hf_config) if reader is None else reader(hf_config)
+    return family if converter is None else _Converted(family, converter)
+
+
+class _Converted:
+    """A family whose parts are converted by one function of the user's."""
+
+    def __init__(self, family: Family, converter: Converter) -> None:
+        self._family, self._converter = family, converter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def parts(self) -> list[Part]:
+        return [
+            replace(part, rule=partial(self._converter, part.name)) for part in self._family.parts()
+        ]
+
+
+def _registered(hf_config: Mapping[str, Any]) -> FamilyReader:
     names = hf_config.get("architectures") or []
     if len(names) != 1 or names[0] not in _FAMILIES:
         raise LayoutError(
@@ -97,45 +140,31 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             "kimisys.adapters.megatron; `architectures` of config.json must be one of: "
             f"{', '.join(implementations())}"
         )
-    return _FAMILIES[names[0]](hf_config)
+    return _FAMILIES[names[0]]
+
+
+def register(architecture: str, reader: FamilyReader) -> None:
+    """Make an architecture known, for `architectures` of config.json; replaces what was known."""
+    _FAMILIES[architecture] = reader
+
+
+def is_registered_elsewhere(hf_config: Mapping[str, Any]) -> bool:
+    """Whether the configuration's family is one that `register` brought in."""
+    return _registered(hf_config) not in _OURS
 
 
 def check_layout(
     hf_config: Mapping[str, Any], tensor_parallel: int, pipeline_parallel: int, world_size: int
 ) -> None:
     """Raise LayoutError when the model cannot be laid out so; nothing is started to find out."""
-    check_world(tensor_parallel, pipeline_parallel, world_size)
-    check_model(family_of(hf_config), tensor_parallel, pipeline_parallel)
+    parallel = of_world(tensor_parallel, pipeline_parallel, world_size)
+    check_model(family_of(hf_config), parallel)
 
 
-def check_model(family: Family, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Raise LayoutError when the model cannot be split into so many shards and stages."""
-    family.check_tensor_parallel(tensor_parallel)
-    if pipeline_parallel < 1 or family.layers % pipeline_parallel:
-        legal = [n for n in range(1, family.layers + 1) if family.layers % n == 0]
-        raise LayoutError(
-            f"pipeline_parallel {pipeline_parallel} does not divide num_hidden_layers "
-            f"{family.layers}: each stage must hold as many layers; "
-            f"pipeline_parallel may be one of {legal}"
-        )
-
-
-def check_world(tensor_parallel: int, pipeline_parallel: int, world_size: int) -> None:
-    """Raise LayoutError when `world_size` ranks cannot form replicas of `tensor_parallel` times
-    `pipeline_parallel` ranks."""
-    if min(tensor_parallel, pipeline_parallel, world_size) < 1:
-        raise LayoutError(
-            f"tensor_parallel {tensor_parallel}, pipeline_parallel {pipeline_parallel} and "
-            f"world_size {world_size} must all be at least 1"
-        )
-    if world_size % (tensor_parallel * pipeline_parallel):
-        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        legal = [(tp, pp) for tp in divisors for pp in divisors if world_size % (tp * pp) == 0]
-        raise LayoutError(
-            f"world_size {world_size} is not divisible by tensor_parallel {tensor_parallel} times "
-            f"pipeline_parallel {pipeline_parallel}: with {world_size} ranks (tensor_parallel, "
-            f"pipeline_parallel) may be one of {legal}"
-        )
+def check_model(family: Family, parallel: Parallel) -> None:
+    """Raise LayoutError, saying what would be legal, when the model cannot be laid out so."""
+    family.check(parallel)
+    check_stages(parallel, family.layers)
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:

@@ -2,26 +2,24 @@
 or untied embeddings. QK-norm and a bias on the QKV projection are what they differ by.
 
 Hugging Face: transformers' `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`. Megatron:
-GPTModel with the local layer spec, keys as in `ShardedTensor.key`; tensors inside layers have a
-leading axis of layers.
+GPTModel, keys as in `ShardedTensor.key` where layers are not homogeneous: "decoder.layers.17.".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, ClassVar, Self
 
 import torch
 
 from kimisys.adapters.megatron.families.numbers import number
+from kimisys.adapters.megatron.families.part import Part, copy_all, layers_of, tensors_of
 from kimisys.adapters.megatron.families.rope import Rope
+from kimisys.adapters.megatron.parallel import Parallel
 from kimisys.errors import LayoutError
 from kimisys.reshard import Tensor
-
-_EMBEDDING = "embedding.word_embeddings.weight"
-_OUTPUT = "output_layer.weight"
-_LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True)
@@ -57,31 +55,35 @@ class Dense:
         given = {"head_dim": None, "initializer_range": 0.02, **cls.defaults, **hf_config}
         cls._refuse_variants(given)
         try:
-            heads, hidden = (
-                number(given, name, int) for name in ("num_attention_heads", "hidden_size")
-            )
-            # null, as transformers reads it
-            given["num_key_value_heads"] = given["num_key_value_heads"] or heads
-            given["head_dim"] = given["head_dim"] or (hidden // heads if heads else None)
-            return cls(
-                vocab_size=number(given, "vocab_size", int),
-                hidden_size=hidden,
-                intermediate_size=number(given, "intermediate_size", int),
-                layers=number(given, "num_hidden_layers", int),
-                heads=heads,
-                groups=number(given, "num_key_value_heads", int),
-                head_dim=number(given, "head_dim", int),
-                norm_epsilon=number(given, "rms_norm_eps", float),
-                rope=Rope.from_config(given),
-                max_positions=number(given, "max_position_embeddings", int),
-                initializer_range=number(given, "initializer_range", float),
-                tied=bool(given.get("tie_word_embeddings", False)),
-            )
+            return cls(**cls._fields(given))
         except KeyError as error:
             raise LayoutError(
                 f"the {cls.__name__} configuration lacks {error}: "
                 "give the whole config.json of the checkpoint"
             ) from error
+
+    @classmethod
+    def _fields(cls, given: dict[str, Any]) -> dict[str, Any]:
+        heads, hidden = (
+            number(given, name, int) for name in ("num_attention_heads", "hidden_size")
+        )
+        # null, as transformers reads it
+        given["num_key_value_heads"] = given["num_key_value_heads"] or heads
+        given["head_dim"] = given["head_dim"] or (hidden // heads if heads else None)
+        return {
+            "vocab_size": number(given, "vocab_size", int),
+            "hidden_size": hidden,
+            "intermediate_size": number(given, "intermediate_size", int),
+            "layers": number(given, "num_hidden_layers", int),
+            "heads": heads,
+            "groups": number(given, "num_key_value_heads", int),
+            "head_dim": number(given, "head_dim", int),
+            "norm_epsilon": number(given, "rms_norm_eps", float),
+            "rope": Rope.from_config(given),
+            "max_positions": number(given, "max_position_embeddings", int),
+            "initializer_range": number(given, "initializer_range", float),
+            "tied": bool(given.get("tie_word_embeddings", False)),
+        }
 
     @classmethod
     def _refuse_variants(cls, given: Mapping[str, Any]) -> None:
@@ -93,31 +95,24 @@ class Dense:
                     f"only {supported!r} is"
                 )
 
-    @property
-    def vocabulary_keys(self) -> tuple[str, ...]:
-        return (_EMBEDDING,) if self.tied else (_EMBEDDING, _OUTPUT)
-
-    def check_tensor_parallel(self, size: int) -> None:
-        """Raise LayoutError unless heads, KV heads and the MLP's width can be split over `size`
-        ranks."""
-        parts = {
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.groups,
-            "intermediate_size": self.intermediate_size,
-        }
+    def check(self, parallel: Parallel) -> None:
+        """Raise LayoutError unless heads, KV heads and the MLP's width can be split over so many
+        tensor-parallel ranks."""
         if self.heads % self.groups:
             raise LayoutError(
                 f"num_attention_heads {self.heads} is not a multiple of num_key_value_heads "
                 f"{self.groups}: each KV head must serve the same number of query heads"
             )
-        bad = [f"{name} {count}" for name, count in parts.items() if size < 1 or count % size]
-        if bad:
-            legal = [
-                n for n in range(1, self.groups + 1) if all(c % n == 0 for c in parts.values())
-            ]
+        parts = {
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.groups,
+            "intermediate_size": self.intermediate_size,
+        }
+        check_divides("tensor_parallel", parallel.tensor, parts, type(self).__name__)
+        if parallel.expert > 1:
             raise LayoutError(
-                f"tensor_parallel {size} does not divide {' and '.join(bad)} of this "
-                f"{type(self).__name__} model: tensor_parallel may be one of {legal}"
+                f"expert_parallel {parallel.expert} needs experts, and this "
+                f"{type(self).__name__} model has none: leave it out"
             )
 
     def has_partial_gradient(self, parameter: str) -> bool:
@@ -149,37 +144,63 @@ class Dense:
             **self.rope.model_arguments(),
         }
 
+    def parts(self) -> list[Part]:
+        """The model in pieces: its ends, and its layers."""
+        return [*self._ends(), *self._layer_parts()]
+
     def hf_tensors(self, dtype: str) -> list[Tensor]:
         """The checkpoint's tensors. `dtype` is kimisys' name of it, as in "float32"."""
-        return [Tensor(name, dtype, shape) for name, shape in self._shapes().items()]
+        return tensors_of(self.parts(), dtype)
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        hidden = self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, hidden),
-            "model.norm.weight": (hidden,),
-        }
+    def _ends(self) -> list[Part]:
+        rows, hidden = self.vocab_size, self.hidden_size
+        table: dict[str, tuple[int, ...]] = {"weight": (rows, hidden)}
+        same = copy_all({"weight": "weight"}, rows)
+        ends = [
+            Part(
+                "embedding",
+                table,
+                same,
+                hf_prefix="model.embed_tokens.",
+                key_prefix="embedding.word_embeddings.",
+                padded_rows=True,
+            ),
+            Part(
+                "final norm",
+                {"weight": (hidden,)},
+                copy_all({"weight": "weight"}),
+                hf_prefix="model.norm.",
+                key_prefix="decoder.final_layernorm.",
+            ),
+        ]
         if not self.tied:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        for layer in range(self.layers):
-            shapes |= {
-                f"model.layers.{layer}.{name}": shape
-                for name, shape in self._layer_shapes().items()
-            }
-        return shapes
+            ends.append(
+                Part(
+                    "output",
+                    table,
+                    same,
+                    hf_prefix="lm_head.",
+                    key_prefix="output_layer.",
+                    padded_rows=True,
+                )
+            )
+        return ends
 
-    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        hidden, width, dim = self.hidden_size, self.intermediate_size, self.head_dim
+    def _layer_parts(self) -> list[Part]:
+        shapes = self._norm_shapes() | self._attention_shapes() | self._mlp_shapes()
+        return [layers_of("layer", tuple(range(self.layers)), shapes, self.layer_rule)]
+
+    def _norm_shapes(self) -> dict[str, tuple[int, ...]]:
+        norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
+        return dict.fromkeys(norms, (self.hidden_size,))
+
+    def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, dim = self.hidden_size, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (hidden,),
             "self_attn.q_proj.weight": (self.heads * dim, hidden),
             "self_attn.k_proj.weight": (self.groups * dim, hidden),
             "self_attn.v_proj.weight": (self.groups * dim, hidden),
             "self_attn.o_proj.weight": (hidden, self.heads * dim),
-            "post_attention_layernorm.weight": (hidden,),
-            "mlp.gate_proj.weight": (width, hidden),
-            "mlp.up_proj.weight": (width, hidden),
-            "mlp.down_proj.weight": (hidden, width),
         }
         if self.qkv_bias:
             for kind, heads in (("q", self.heads), ("k", self.groups), ("v", self.groups)):
@@ -188,25 +209,31 @@ class Dense:
             shapes |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
         return shapes
 
-    def rule(self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]) -> None:
-        """Copy Megatron's global tensors to Hugging Face's, with views alone."""
-        hf["model.embed_tokens.weight"].copy_(megatron[_EMBEDDING][: self.vocab_size])
-        hf["model.norm.weight"].copy_(megatron["decoder.final_layernorm.weight"])
-        if not self.tied:
-            hf["lm_head.weight"].copy_(megatron[_OUTPUT][: self.vocab_size])
-        for layer in range(self.layers):
-            prefix = f"model.layers.{layer}."
-            tensors = {k.removeprefix(prefix): t for k, t in hf.items() if k.startswith(prefix)}
-            self._layer_rule(
-                {
-                    k.removeprefix(_LAYERS): t[layer]
-                    for k, t in megatron.items()
-                    if k.startswith(_LAYERS)
-                },
-                tensors,
-            )
+    def _mlp_shapes(self) -> dict[str, tuple[int, ...]]:
+        return gated_mlp_shapes("mlp.", self.hidden_size, self.intermediate_size)
 
-    def _layer_rule(
+    def layer_rule(
+        self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
+    ) -> None:
+        """One layer; names are those below "decoder.layers.N." and "model.layers.N."."""
+        self._attention_rule(megatron, hf)
+        copy_gated_mlp(megatron, "mlp.", hf, "mlp.")
+        self._norm_rule(megatron, hf)
+
+    def _norm_rule(
+        self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
+    ) -> None:
+        # Megatron fuses a norm with the linear layer after it, or not: the key tells
+        hf["input_layernorm.weight"].copy_(
+            either(
+                megatron, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
+            )
+        )
+        hf["post_attention_layernorm.weight"].copy_(
+            either(megatron, "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+        )
+
+    def _attention_rule(
         self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
     ) -> None:
         for kind in ("weight", "bias") if self.qkv_bias else ("weight",):
@@ -219,15 +246,6 @@ class Dense:
             hf["self_attn.q_norm.weight"].copy_(megatron["self_attention.q_layernorm.weight"])
             hf["self_attn.k_norm.weight"].copy_(megatron["self_attention.k_layernorm.weight"])
 
-        gate, up = megatron["mlp.linear_fc1.weight"].chunk(2)
-        hf["mlp.gate_proj.weight"].copy_(gate)
-        hf["mlp.up_proj.weight"].copy_(up)
-        hf["mlp.down_proj.weight"].copy_(megatron["mlp.linear_fc2.weight"])
-
-        # The local spec's norms carry the keys of the fused (Transformer Engine) ones.
-        hf["input_layernorm.weight"].copy_(megatron["self_attention.linear_qkv.layer_norm_weight"])
-        hf["post_attention_layernorm.weight"].copy_(megatron["mlp.linear_fc1.layer_norm_weight"])
-
     def _qkv_rule(
         self, qkv: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
@@ -238,3 +256,39 @@ class Dense:
         query.view(self.groups, query_heads, dim, *inputs).copy_(qkv[:, :query_heads])
         key.view(self.groups, dim, *inputs).copy_(qkv[:, -2])
         value.view(self.groups, dim, *inputs).copy_(qkv[:, -1])
+
+
+def gated_mlp_shapes(prefix: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    """A SwiGLU MLP's tensors in a checkpoint."""
+    return {
+        f"{prefix}gate_proj.weight": (width, hidden),
+        f"{prefix}up_proj.weight": (width, hidden),
+        f"{prefix}down_proj.weight": (hidden, width),
+    }
+
+
+def copy_gated_mlp(
+    megatron: Mapping[str, torch.Tensor], key: str, hf: Mapping[str, torch.Tensor], name: str
+) -> None:
+    """A SwiGLU MLP: Megatron's first linear layer is the gate's rows, then the up projection's."""
+    gate, up = megatron[f"{key}linear_fc1.weight"].chunk(2)
+    hf[f"{name}gate_proj.weight"].copy_(gate)
+    hf[f"{name}up_proj.weight"].copy_(up)
+    hf[f"{name}down_proj.weight"].copy_(megatron[f"{key}linear_fc2.weight"])
+
+
+def check_divides(name: str, size: int, parts: Mapping[str, int], model: str) -> None:
+    """Raise LayoutError, naming what is legal, unless `size` divides every one of `parts`."""
+    bad = [f"{part} {count}" for part, count in parts.items() if size < 1 or count % size]
+    if bad:
+        divisor = gcd(*parts.values())
+        legal = [n for n in range(1, divisor + 1) if divisor % n == 0]
+        raise LayoutError(
+            f"{name} {size} does not divide {' and '.join(bad)} of this {model} model: "
+            f"{name} may be one of {legal}"
+        )
+
+
+def either(megatron: Mapping[str, torch.Tensor], *keys: str) -> torch.Tensor:
+    """The tensor under the first of `keys` that is there. Raises KeyError with the last one."""
+    return megatron[next((key for key in keys if key in megatron), keys[-1])]

@@ -66,3 +66,44 @@ class Rope:
         if self.llama3_factor is None:
             return arguments
         return {**arguments, "rope_scaling": True, "rope_scaling_factor": self.llama3_factor}
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's numbers (Peng et al., 2023), as DeepSeek's configurations give them."""
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+    @classmethod
+    def from_config(cls, hf_config: Mapping[str, Any]) -> Yarn | None:
+        """Read config.json's contents; None where the rotary embedding is not of this type.
+        Raises as `Rope.from_config`."""
+        scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            return None  # Rope refuses it
+        if (scaling.get("rope_type") or scaling.get("type")) != "yarn":
+            return None
+        given = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0, **scaling}
+        return cls(
+            number(given, "factor", float),
+            number(given, "original_max_position_embeddings", int),
+            *(number(given, name, float) for name in ("beta_fast", "beta_slow")),
+            *(number(given, name, float) for name in ("mscale", "mscale_all_dim")),
+        )
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Arguments of megatron-core's MLATransformerConfig."""
+        return {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": self.factor,
+            "original_max_position_embeddings": self.original_positions,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+            "mscale": self.mscale,
+            "mscale_all_dim": self.mscale_all_dim,
+        }
