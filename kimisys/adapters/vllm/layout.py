@@ -1,4 +1,4 @@
-"""vLLM's own answer to where each tensor-parallel rank keeps every element of a checkpoint.
+"""vLLM's own answer to where each rank of an engine keeps every element of a checkpoint.
 
 The model is built on the meta device for the rank in question, and vLLM's own loader runs on
 full-size meta tensors, traced. No weights, no process group: a stand-in answers what constructors
@@ -10,43 +10,23 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import vllm.distributed.parallel_state as parallel_state
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from kimisys.adapters.vllm.parallel import EngineParallel
+from kimisys.adapters.vllm.stand_in import as_rank
 from kimisys.errors import KimisysError, LayoutError, TraceError
 from kimisys.reshard import Layout, Tensor
 from kimisys.reshard.tracer import trace_layout
-
-
-@dataclass(frozen=True)
-class _Group:
-    """What a model's constructor and loader ask of a process group; it cannot communicate."""
-
-    world_size: int = 1
-    rank_in_group: int = 0
-
-    @property
-    def is_first_rank(self) -> bool:
-        return self.rank_in_group == 0
-
-    @property
-    def is_last_rank(self) -> bool:
-        return self.rank_in_group == self.world_size - 1
-
-
-_SINGLE_GROUPS = ("_PP", "_DP", "_EP", "_PCP", "_DCP")
-"""Groups that vLLM has for other kinds of parallelism, each of one rank here."""
 
 
 def offline_config(
@@ -72,13 +52,14 @@ def offline_config(
 
 
 def trace_vllm_layout(
-    vllm_config: VllmConfig, tensors: Sequence[Tensor], tensor_parallel: int, rank: int
+    vllm_config: VllmConfig, tensors: Sequence[Tensor], parallel: EngineParallel, rank: int
 ) -> Layout:
-    """Where vLLM's tensor-parallel rank `rank` of `tensor_parallel` keeps which part of `tensors`.
+    """Where rank `rank` of an engine keeps which part of `tensors`.
 
     Works with and without a running engine in the process.
 
-    vllm_config: of the model; its own tensor-parallel size does not matter.
+    vllm_config: of the model; its own sizes of parallelism do not matter.
+    parallel: of one engine; its `replicas` do not matter: `rank` is a rank of the first.
     tensors: the checkpoint's tensors by their Hugging Face names, of any dtype.
     Returns a layout with one buffer per parameter of vLLM's, in vLLM's names and dtypes. All bytes
     of all parameters are covered, by fragments or by padding. Tied parameters are one buffer.
@@ -86,7 +67,7 @@ def trace_vllm_layout(
     Raises TraceError, naming the parameter or tensor, when the loader does what the tracer cannot
     follow or leaves a part of a parameter unwritten; LayoutError for an impossible rank or size.
     """
-    return trace_model(build_model(vllm_config, tensor_parallel, rank), tensors)
+    return trace_model(build_model(vllm_config, parallel, rank), tensors)
 
 
 @dataclass(frozen=True)
@@ -95,51 +76,64 @@ class RankModel:
 
     config: VllmConfig
     module: torch.nn.Module
-    tensor_parallel: int
+    parallel: EngineParallel
     rank: int
+    layers: range | None = None
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Runs vLLM's own loader on the checkpoint's full-size tensors."""
-        with set_current_vllm_config(self.config), _as_rank(self.tensor_parallel, self.rank):
+        with set_current_vllm_config(self.config), self._as_rank():
             # torch types it as a tensor or a module, as any attribute of a module may be
             cast(Any, self.module).load_weights(iter(weights.items()))
 
+    def _as_rank(self) -> AbstractContextManager[None]:
+        return as_rank(self.parallel, self.rank, self.layers)
+
 
 def build_model(
-    vllm_config: VllmConfig, tensor_parallel: int, rank: int, device: str = "meta"
+    vllm_config: VllmConfig,
+    parallel: EngineParallel,
+    rank: int,
+    device: str = "meta",
+    layers: range | None = None,
 ) -> RankModel:
     """The model of one rank, before any loading.
 
+    layers: the only ones that are made; None: all of the rank's pipeline stage.
     Raises LayoutError when the model cannot be split so, with vLLM's own reason.
     """
-    if not 0 <= rank < tensor_parallel:
-        raise LayoutError(
-            f"rank {rank} of {tensor_parallel} tensor-parallel ranks does not exist; ranks count "
-            "from 0"
-        )
-    config = _private_copy(vllm_config, tensor_parallel, rank)
+    parallel = parallel.engine
+    config = _private_copy(vllm_config, parallel, rank)
+    parallel.check(config.model_config.hf_text_config.to_dict())
     dtype = cast(torch.dtype, config.model_config.dtype)
     try:
         with (
-            _as_rank(tensor_parallel, rank),
+            as_rank(parallel, rank, layers),
             torch.device(device),
             set_default_torch_dtype(dtype),
         ):
             module = initialize_model(vllm_config=config)
     except (AssertionError, ValueError) as error:
         raise LayoutError(
-            f"vLLM cannot build {config.model_config.architectures} for tensor-parallel size "
-            f"{tensor_parallel}: {_reason(error)}; choose a size that divides heads, key-value "
-            "heads and hidden sizes"
+            f"vLLM cannot build {config.model_config.architectures} for {parallel}: "
+            f"{_reason(error)}; choose sizes that divide heads, key-value heads, hidden sizes and "
+            "experts"
         ) from error
-    return RankModel(config, module, tensor_parallel, rank)
+    return RankModel(config, module, parallel, rank, layers)
 
 
-def trace_model(model: RankModel, tensors: Sequence[Tensor]) -> Layout:
-    """The layout of a model that was built on the meta device; see ``trace_vllm_layout``."""
+def trace_model(
+    model: RankModel,
+    tensors: Sequence[Tensor],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Layout:
+    """The layout of a model that was built on the meta device; see ``trace_vllm_layout``.
+
+    wanted: which of its parameters the layout is of, by name.
+    """
 
     def parameters() -> dict[str, torch.Tensor]:
-        return dict(model.module.named_parameters())
+        return {name: p for name, p in model.module.named_parameters() if wanted(name)}
 
     try:
         layout = trace_layout(tensors, parameters(), model.load, model.rank, current=parameters)
@@ -148,7 +142,7 @@ def trace_model(model: RankModel, tensors: Sequence[Tensor]) -> Layout:
     except Exception as error:  # whatever a foreign loader raises
         raise TraceError(
             f"vLLM's loader failed on the tensors given to it, at rank {model.rank} of "
-            f"{model.tensor_parallel}: {_reason(error)}; compare their names and shapes with the "
+            f"{model.parallel}: {_reason(error)}; compare their names and shapes with the "
             "model's config.json"
         ) from error
     _check_covered(layout)
@@ -179,37 +173,21 @@ def _check_covered(layout: Layout) -> None:
         )
 
 
-def _private_copy(vllm_config: VllmConfig, tensor_parallel: int, rank: int) -> VllmConfig:
+def _private_copy(vllm_config: VllmConfig, parallel: EngineParallel, rank: int) -> VllmConfig:
     """A copy for another rank; what constructors write into (layers by name) is the copy's own."""
+    at = parallel.place(rank)
     config = copy.copy(vllm_config)
     config.parallel_config = copy.copy(vllm_config.parallel_config)
-    config.parallel_config.tensor_parallel_size = tensor_parallel
-    config.parallel_config.rank = rank
+    config.parallel_config.tensor_parallel_size = parallel.tensor
+    config.parallel_config.pipeline_parallel_size = parallel.pipeline
+    config.parallel_config.data_parallel_size = parallel.data
+    config.parallel_config.data_parallel_rank = at.data
+    config.parallel_config.enable_expert_parallel = parallel.expert
+    config.parallel_config.world_size = parallel.tensor * parallel.pipeline
+    config.parallel_config.rank = rank % config.parallel_config.world_size
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}
     return config
-
-
-@contextmanager
-def _as_rank(tensor_parallel: int, rank: int) -> Iterator[None]:
-    """This process answers as that tensor-parallel rank, for model constructors and loaders."""
-    names = ("_TP", *_SINGLE_GROUPS)
-    saved: dict[str, Any] = {name: getattr(parallel_state, name) for name in names}
-    ropes = dict(rotary_embedding._ROPE_DICT)
-    try:
-        # Any: the stand-in is not a GroupCoordinator, and must not be one, as those communicate.
-        stand_in: Any = _Group(tensor_parallel, rank)
-        parallel_state._TP = stand_in
-        for name in _SINGLE_GROUPS:
-            if saved[name] is None:
-                setattr(parallel_state, name, _Group())
-        yield
-    finally:
-        for name, group in saved.items():
-            setattr(parallel_state, name, group)
-        # vLLM shares rotary embeddings between models by their shape; one on meta must not stay.
-        rotary_embedding._ROPE_DICT.clear()
-        rotary_embedding._ROPE_DICT.update(ropes)
 
 
 def _reason(error: BaseException) -> str:

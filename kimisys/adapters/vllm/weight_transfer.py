@@ -39,6 +39,7 @@ from kimisys.adapters.vllm import plugin
 from kimisys.adapters.vllm.layout import build_model, trace_model, trace_vllm_layout
 from kimisys.adapters.vllm.loop import EngineError
 from kimisys.adapters.vllm.pack import Packer
+from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.broadcast import Peers, Pulled, Subscriber, connect
 from kimisys.errors import LayoutError, SnapshotError, VersionError
 from kimisys.reshard import Layout
@@ -118,7 +119,7 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
         self._group = get_tp_group()
         self._size, self._rank = self._group.world_size, self._group.rank_in_group
-        self._fresh = build_model(vllm_config, self._size, self._rank)
+        self._fresh = build_model(vllm_config, EngineParallel(self._size), self._rank)
         self._packer = Packer(model, self._fresh.module)
         self._shadow = {
             name: torch.empty_like(meta, device=device)
@@ -160,7 +161,7 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             [
                 trace_model(self._fresh, tensors)
                 if rank == self._rank
-                else trace_vllm_layout(self.vllm_config, tensors, self._size, rank)
+                else trace_vllm_layout(self.vllm_config, tensors, EngineParallel(self._size), rank)
                 for rank in range(self._size)
             ]
         )

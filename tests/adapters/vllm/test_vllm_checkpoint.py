@@ -16,11 +16,12 @@ import megatron_checkpoint
 import numpy as np
 import pytest
 import torch
-from qwen3_tiny import TINY, memory_buffers, memory_layout
 from safetensors.torch import load_file
+from tiny_checkpoints import TINY, memory_buffers, memory_layout
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kimisys.adapters.vllm.layout import build_model, offline_config, trace_vllm_layout
+from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.reshard import Layout, plan
 
 MEGATRON_RANKS = 2
@@ -73,14 +74,14 @@ def test_vllm_loads_from_the_checkpoint_what_a_plan_lands_from_memory(
     trained: Trained, size: int, rank: int
 ) -> None:
     config = offline_config(trained.checkpoint, "float32")
-    loaded = build_model(config, size, rank, device="cpu")
+    loaded = build_model(config, EngineParallel(size), rank, device="cpu")
     expected = dict(loaded.module.named_parameters())
     with torch.no_grad():
         for parameter in expected.values():
             parameter.fill_(7.0)
     loaded.load(load_file(trained.checkpoint / "model.safetensors"))
 
-    layout = trace_vllm_layout(config, trained.layout.tensors, size, rank)
+    layout = trace_vllm_layout(config, trained.layout.tensors, EngineParallel(size), rank)
     landed = {name: torch.full_like(p, 9.0) for name, p in expected.items()}
     plan(trained.layout, layout).execute(trained.buffers, memory_buffers(landed, rank))
     assert {buffer.name for buffer in layout.buffers} == expected.keys()

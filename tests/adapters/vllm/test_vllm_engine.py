@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qwen3_tiny import memory_buffers, memory_layout, random_model, reference, weights
+from tiny_checkpoints import memory_buffers, memory_layout, random_model, reference, weights
 from transformers import PreTrainedModel
 from vllm_engine_process import EngineProcess
 

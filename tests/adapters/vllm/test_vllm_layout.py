@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import vllm.distributed.parallel_state as parallel_state
-from qwen3_tiny import memory_buffers, memory_layout, random_model, tensor_table, weights
+from tiny_checkpoints import memory_buffers, memory_layout, random_model, tensor_table, weights
 from vllm.config import VllmConfig
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from kimisys.adapters.vllm.layout import build_model, offline_config, trace_vllm_layout
+from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.errors import LayoutError, TraceError
 from kimisys.reshard import Layout, Tensor, plan
 
@@ -34,14 +34,14 @@ def test_the_plan_fills_every_parameter_as_vllm_does(
     folders: dict[str, Path], configs: dict[str, VllmConfig], model: str, size: int, rank: int
 ) -> None:
     given = weights(random_model(folders[model], seed=1))
-    loaded = build_model(configs[model], size, rank, device="cpu")
+    loaded = build_model(configs[model], EngineParallel(size), rank, device="cpu")
     expected = dict(loaded.module.named_parameters())
     with torch.no_grad():
         for parameter in expected.values():
             parameter.fill_(7.0)
     loaded.load(given)
 
-    layout = trace_vllm_layout(configs[model], tensor_table(given), size, rank)
+    layout = trace_vllm_layout(configs[model], tensor_table(given), EngineParallel(size), rank)
     landed = {name: torch.full_like(p, 9.0) for name, p in expected.items()}
     made = plan(memory_layout(given), layout)
     made.execute(memory_buffers(given), memory_buffers(landed, rank))
@@ -59,7 +59,7 @@ def test_all_ranks_together_hold_every_tensor(
     folders: dict[str, Path], configs: dict[str, VllmConfig], model: str
 ) -> None:
     table = tensor_table(weights(random_model(folders[model], seed=1)))
-    ranks = [trace_vllm_layout(configs[model], table, 4, rank) for rank in range(4)]
+    ranks = [trace_vllm_layout(configs[model], table, EngineParallel(4), rank) for rank in range(4)]
     held: dict[str, int] = {}
     for fragment in Layout.merge(ranks).cover().fragments:
         held[fragment.tensor] = held.get(fragment.tensor, 0) + fragment.region.elements
@@ -73,9 +73,9 @@ def test_tracing_leaves_the_process_as_it_was(
     layers = dict(configs["tied"].compilation_config.static_forward_context)
     ropes, dtype = dict(rotary_embedding._ROPE_DICT), torch.get_default_dtype()
     table = tensor_table(weights(random_model(folders["tied"], seed=1)))
-    trace_vllm_layout(configs["tied"], table, 2, 1)
+    trace_vllm_layout(configs["tied"], table, EngineParallel(2), 1)
     with pytest.raises(TraceError):
-        trace_vllm_layout(configs["tied"], table[1:], 2, 1)
+        trace_vllm_layout(configs["tied"], table[1:], EngineParallel(2), 1)
     assert {n: getattr(parallel_state, n) for n in groups} == groups
     assert configs["tied"].compilation_config.static_forward_context == layers
     assert configs["tied"].parallel_config.tensor_parallel_size == 1
@@ -85,7 +85,7 @@ def test_tracing_leaves_the_process_as_it_was(
 
 def refused(config: VllmConfig, table: Iterable[Tensor], match: str) -> None:
     with pytest.raises(TraceError, match=match):
-        trace_vllm_layout(config, list(table), 1, 0)
+        trace_vllm_layout(config, list(table), EngineParallel(), 0)
 
 
 def test_checkpoints_that_do_not_fit_are_refused_by_name(
@@ -132,12 +132,14 @@ def test_a_loader_that_ignores_a_tensor_leaves_it_out(
     """Tied models are sometimes saved with their output head: vLLM ignores it."""
     table = tensor_table(weights(random_model(folders["tied"], seed=1)))
     with_head = [*table, Tensor("lm_head.weight", "float32", (29, 64))]
-    layout = trace_vllm_layout(configs["tied"], with_head, 1, 0)
-    assert layout == trace_vllm_layout(configs["tied"], table, 1, 0)
+    layout = trace_vllm_layout(configs["tied"], with_head, EngineParallel(), 0)
+    assert layout == trace_vllm_layout(configs["tied"], table, EngineParallel(), 0)
 
 
 def test_impossible_ranks_and_sizes_are_refused(configs: dict[str, VllmConfig]) -> None:
-    with pytest.raises(LayoutError, match="rank 2 of 2"):
-        build_model(configs["tied"], 2, 2)
-    with pytest.raises(LayoutError, match=f"{Qwen3ForCausalLM.__name__}.*size 8"):
-        build_model(configs["tied"], 8, 0)
+    with pytest.raises(LayoutError, match=r"rank 2 of tp=2.* 0 to 1"):
+        build_model(configs["tied"], EngineParallel(2), 2)
+    with pytest.raises(
+        LayoutError, match="tp=8 does not divide the 4 attention heads; .* tp=1, 2, 4"
+    ):
+        build_model(configs["tied"], EngineParallel(8), 0)

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import pytest
 import torch
 import vllm.model_executor.layers.utils as kernels
-from qwen3_tiny import random_model, weights
+from tiny_checkpoints import random_model, weights
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from kimisys.adapters.vllm.layout import RankModel, build_model, offline_config
 from kimisys.adapters.vllm.pack import Packer
+from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.errors import LayoutError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -34,13 +35,13 @@ def loaded(
 def unprocessed(
     folder: Path, seed: int, size: int = 1, rank: int = 0, dtype: Dtype = "float32"
 ) -> RankModel:
-    model = build_model(offline_config(folder, dtype), size, rank, device="cpu")
+    model = build_model(offline_config(folder, dtype), EngineParallel(size), rank, device="cpu")
     model.load(weights(random_model(folder, seed)))
     return model
 
 
 def fresh(model: RankModel) -> torch.nn.Module:
-    return build_model(model.config, model.tensor_parallel, model.rank).module
+    return build_model(model.config, model.parallel, model.rank).module
 
 
 def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import vllm_stock_process
-from qwen3_tiny import memory_buffers, memory_layout, random_model, reference, weights
+from tiny_checkpoints import memory_buffers, memory_layout, random_model, reference, weights
 
 from kimisys.adapters.vllm.environment import environment
 from kimisys.broadcast import Publisher, snapshot_layout
