@@ -148,12 +148,11 @@ def _layers(
             for place, layer in enumerate(chunk.layers)
             if layer in numbers
         )
-    template = replace(part, layers=())
     blocks = []
     for shares, own in instances.items():
         lists = _Lists()
         for local, share in enumerate(shares):
             lists.add(pieces[part.name][False, share], traced, local, part.hf_prefix, "{}.")
         if own:
-            blocks.append(Block(lists.layout(tensors_of([template], dtype)), own))
+            blocks.append(Block(lists.layout(part.tensors("{}", dtype)), own))
     return blocks

@@ -66,13 +66,11 @@ def offline_layout(
         **trace_cache.asked(["megatron-core"], ["adapters/megatron"]),
     }
     return trace_cache.cached(
-        "megatron", key, trace, SymbolicLayout.to_bytes, SymbolicLayout.from_bytes
+        "megatron", key, trace, lambda x: x.to_bytes(), lambda b: SymbolicLayout.from_bytes(b)
     )
 
 
-def _trace(
-    family: Family, parallel: Parallel, dtype: str, grouped_experts: bool
-) -> SymbolicLayout:
+def _trace(family: Family, parallel: Parallel, dtype: str, grouped_experts: bool) -> SymbolicLayout:
     torch_dtype: torch.dtype = getattr(torch, dtype)
     config = transformer_config(family, parallel, torch_dtype, grouped_experts)
     everyone = seats(parallel)

@@ -37,6 +37,14 @@ class Part:
         """What stands for "{}" in each occurrence: "17", or "" for what occurs once."""
         return (str(layer) for layer in self.layers) if self.layers else iter([""])
 
+    def tensors(self, label: str, dtype: str) -> list[Tensor]:
+        """The checkpoint's tensors of one occurrence; "{}" for a label leaves names as they are."""
+        prefix = self.hf_prefix.replace("{}", label)
+        return [
+            Tensor(prefix + name, self.dtypes.get(name, dtype), shape)
+            for name, shape in self.shapes.items()
+        ]
+
 
 def layers_of(
     name: str,
@@ -63,8 +71,8 @@ def copy_all(pairs: Mapping[str, str], rows: int | None = None) -> Rule:
 def tensors_of(parts: Iterable[Part], dtype: str) -> list[Tensor]:
     """The checkpoint's tensors; `dtype` is kimisys' name of the model's, as in "float32"."""
     return [
-        Tensor(f"{part.hf_prefix}{name}".replace("{}", label), part.dtypes.get(name, dtype), shape)
+        tensor
         for part in parts
         for label in part.instances()
-        for name, shape in part.shapes.items()
+        for tensor in part.tensors(label, dtype)
     ]
