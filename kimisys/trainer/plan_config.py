@@ -17,26 +17,17 @@ from kimisys.trainer.config import MANY, ConfigError, check_ranges
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Plan a weight sync from configurations alone: no weights, no GPU, no processes.
-
-    Says what moves between which ranks, proves that the plan writes every byte of the engines
-    exactly once, and simulates the sync on the cluster's NICs beside a lower bound. For example,
-    Kimi-K2 from 256 training ranks to 128 inference ranks:
-
-      kimisys plan --model kimi-k2 --train tp=8,pp=8,ep=32,etp=1,first=7,last=6
-      --infer tp=16,dp=8,ep=on --plot k2.png
-
-    first and last are the layers of the first and the last pipeline stage; ep=on spreads whole
-    experts over the tp x dp ranks, ep=off cuts each of them. Exit status 2: an illegal layout.
-    """
+    """Plan a weight sync from configurations alone: no weights, no GPU, no processes."""
 
     model: str
     """A Hugging Face folder or config.json, or one of the shipped names: kimi-k2, deepseek-v3,
     qwen3-235b-a22b, qwen3-0.6b."""
     train: str
-    """Megatron's layout: tp, pp, vpp, ep, etp, cp, dp, world, first, last, as KEY=N,KEY=N."""
+    """Megatron's layout: tp, pp, vpp, ep, etp, cp, dp, world, layout; first and last are the layers
+    of the first and the last stage. For example tp=8,pp=8,ep=32,etp=1,first=7,last=6"""
     infer: str
-    """vLLM's layout: tp, pp, dp, ep=on|off, replicas (independent engines), as KEY=N,KEY=N."""
+    """vLLM's layout: tp, pp, dp, replicas (independent engines), ep=on (whole experts, spread over
+    tp x dp ranks) or ep=off (every expert cut). For example tp=16,dp=8,ep=on,replicas=1"""
     nic: Annotated[float, tyro.conf.arg(metavar="BYTES/S")] = 50e9
     """What one NIC carries each way; 50e9 is 400 Gb/s."""
     ranks_per_node: int = 8

@@ -40,7 +40,7 @@ def test_bars_are_as_high_as_the_bytes(tmp_path: Path) -> None:
     rows, below = (np.flatnonzero(bars.sum(axis=1) > 60) for bars in (sent, received))
     assert below.min() > rows.min()
     limit = np.flatnonzero(of_colour(pixels, RED)[:, middle:].sum(axis=1) > 100)
-    # the bound's lines: 0.12 s x 50 GB/s = 6 GB, the top of the highest bar and the foot of the other
+    # the bound's lines: 0.12 s x 50 GB/s = 6 GB, as high as the highest bars
     assert abs(limit.min() - rows.min()) <= 4
     assert abs(limit.max() - below.max()) <= 4
 
