@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,12 +105,14 @@ def as_rank(parallel: Parallel, rank: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     _check_rank(rank, parallel.world_size)
+    hook = sys.excepthook  # torch wraps it at each start: errors would name every rank we were
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
     try:
         _form_groups(parallel, timedelta(seconds=60))
         yield
     finally:
         shutdown()
+        sys.excepthook = hook
 
 
 def _check_rank(rank: int, world_size: int) -> None:
