@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -193,10 +194,8 @@ class Recorder(TorchDispatchMode):
         return found
 
     def _refuse_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, name in _written(func):
+            value = args[position] if position < len(args) else kwargs.get(name)
             for tensor in value if isinstance(value, (tuple, list)) else [value]:
                 known = None
                 if isinstance(tensor, torch.Tensor):
@@ -242,6 +241,16 @@ class Recorder(TorchDispatchMode):
             sizes = [part.shape[dim] for part in args[0]]
             return list(zip(output.split(sizes, dim), args[0], strict=True))
         return None
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operation writes to."""
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
 def _covered(

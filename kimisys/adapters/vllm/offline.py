@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from kimisys.adapters.vllm.layers import (
     layer_signatures,
     shortest_window,
 )
-from kimisys.adapters.vllm.layout import build_model, offline_config, trace_model
+from kimisys.adapters.vllm.layout import RankModel, build_model, offline_config, trace_model
 from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.errors import LayoutError, TraceError
 from kimisys.reshard import (
@@ -180,21 +180,32 @@ def _trace_stage(
         at = layer_of(name, prefixes)
         return at is None or window is None or at.number in window
 
-    numbered: frozenset[str] = frozenset()
+    given: Sequence[Tensor] = ()
     for rank in ranks:
         model = build_model(vllm_config, parallel, rank, layers=window)
-        if rank == ranks[0] and window is not None:
-            numbered = checkpoint.prefixes_of(
-                trace_model(
-                    model,
-                    checkpoint.of_layers(window),
-                    lambda name: made(name) and layer_of(name, prefixes) is not None,
-                )
-            )
-        given = checkpoint.without_layers(numbered, window or ())
+        if rank == ranks[0]:
+            given = _given(checkpoint, model, window, prefixes, made)
         traced = trace_model(model, given, made)
         _sort_into(traced, rank, prefixes, parts, outer)
     return list(parts.values())
+
+
+def _given(
+    checkpoint: Checkpoint,
+    model: RankModel,
+    window: range | None,
+    prefixes: Collection[str],
+    made: Callable[[str], bool],
+) -> Sequence[Tensor]:
+    """The checkpoint's tensors but those of layers that were not made."""
+    if window is None:
+        return checkpoint.without_layers((), ())
+    layers = trace_model(
+        model,
+        checkpoint.of_layers(window),
+        lambda name: made(name) and layer_of(name, prefixes) is not None,
+    )
+    return checkpoint.without_layers(checkpoint.prefixes_of(layers), window)
 
 
 def _sort_into(
