@@ -8,6 +8,7 @@ namespace kimisys::bindings {
 void bind_errors(pybind11::module_& module);
 void bind_reshard(pybind11::module_& module);
 void bind_symbolic(pybind11::module_& reshard);  // called by bind_reshard
+void bind_route(pybind11::module_& reshard);     // called by bind_reshard
 void bind_broadcast(pybind11::module_& module);
 
 }  // namespace kimisys::bindings

@@ -300,6 +300,7 @@ void bind_reshard(py::module_& module) {
   bind_copy(reshard);
   bind_plan(reshard);
   bind_symbolic(reshard);
+  bind_route(reshard);
 }
 
 }  // namespace kimisys::bindings
