@@ -104,6 +104,9 @@ def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
         plan --model kimi-k2 --train tp=8,pp=8,ep=32,etp=1,first=7,last=6 --infer tp=16,dp=8,ep=on
         --plot k2.png"""
         config.check()
+        from kimisys.adapters.vllm import environment
+
+        environment.apply(1)  # before vLLM is imported: it says less, and asks no network
         from kimisys.trainer.plan_command import run
 
         run(config, console)
