@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/operators.h>
 #include <pybind11/stl.h>
 
@@ -116,13 +117,67 @@ void bind_parts(py::module_& module) {
   bind_value(place);
 }
 
+using Column = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+
+void check_shape(const Column& column, const char* name, py::ssize_t dims, py::ssize_t rows) {
+  KIMISYS_CHECK(column.ndim() == dims && column.shape(0) == rows, ErrorCode::kLayout, name, " has ",
+                column.ndim(), " dimensions",
+                column.ndim() > 0 ? " and another number of rows" : "", "; it should have ", dims,
+                " and ", rows, " rows, as many as there are fragments");
+}
+
+Layout from_arrays(std::vector<Tensor> tensors, std::vector<Buffer> buffers, const Column& tensor,
+                   const Column& buffer, const Column& offset, const Column& extent,
+                   const Column& byte_offset, const Column& byte_strides,
+                   const std::optional<Column>& padding, std::vector<Place> places) {
+  const py::ssize_t count = tensor.size();
+  check_shape(tensor, "tensor", 1, count);
+  check_shape(buffer, "buffer", 1, count);
+  check_shape(byte_offset, "byte_offset", 1, count);
+  check_shape(offset, "offset", 2, count);
+  check_shape(extent, "extent", 2, count);
+  check_shape(byte_strides, "byte_strides", 2, count);
+  std::vector<FragmentRow> rows;
+  rows.reserve(static_cast<std::size_t>(count));
+  for (py::ssize_t i = 0; i < count; ++i) {
+    const auto at = static_cast<std::size_t>(tensor.at(i));
+    KIMISYS_CHECK(at < tensors.size(), ErrorCode::kLayout, "row ", i, " names tensor ",
+                  tensor.at(i), " of ", tensors.size());
+    const std::size_t dims = tensors[at].shape.size();
+    const auto some = [&](const Column& column, const char* name) {
+      KIMISYS_CHECK(column.shape(1) >= static_cast<py::ssize_t>(dims), ErrorCode::kLayout, name,
+                    " has ", column.shape(1), " columns; tensor '", tensors[at].name, "' has ",
+                    dims, " dimensions");
+      const std::int64_t* row = column.data(i, 0);
+      return Dims(row, row + dims);
+    };
+    rows.push_back(
+        {at,
+         static_cast<std::size_t>(buffer.at(i)),
+         {dims == 0 ? Dims() : some(offset, "offset"), dims == 0 ? Dims() : some(extent, "extent")},
+         byte_offset.at(i),
+         dims == 0 ? Dims() : some(byte_strides, "byte_strides")});
+  }
+  std::vector<PaddingRow> gaps;
+  if (padding) {
+    KIMISYS_CHECK(padding->ndim() == 2 && padding->shape(1) == 3, ErrorCode::kLayout,
+                  "padding should be an array of [m, 3]: buffer, byte offset, nbytes");
+    for (py::ssize_t i = 0; i < padding->shape(0); ++i) {
+      gaps.push_back(
+          {static_cast<std::size_t>(padding->at(i, 0)), padding->at(i, 1), padding->at(i, 2)});
+    }
+  }
+  return Layout::of_rows(std::move(tensors), std::move(buffers), rows, gaps, std::move(places));
+}
+
 void bind_layout(py::module_& module) {
-  py::class_<Layout, SharedLayout>(
+  py::class_<Layout, SharedLayout> type(
       module, "Layout",
       "All fragments of one side, validated at construction (LayoutError) and frozen.\n"
       "tensors are sorted by name, buffers by (rank, name), places by rank; fragments and\n"
-      "padding keep the order given.")
-      .def(py::init<std::vector<Tensor>, std::vector<Buffer>, std::vector<Fragment>,
+      "padding keep the order given.");
+  bind_form(type, "whatever is malformed raises LayoutError.");
+  type.def(py::init<std::vector<Tensor>, std::vector<Buffer>, std::vector<Fragment>,
                     std::vector<Padding>, std::vector<Place>>(),
            py::arg("tensors"), py::arg("buffers"), py::arg("fragments"),
            py::arg("padding") = py::tuple(), py::arg("places") = py::tuple())
@@ -133,6 +188,15 @@ void bind_layout(py::module_& module) {
       .def_property_readonly("padding", [](const Layout& self) { return as_tuple(self.padding()); })
       .def_property_readonly("places", [](const Layout& self) { return as_tuple(self.places()); })
       .def_property_readonly("ranks", [](const Layout& self) { return as_tuple(self.ranks()); })
+      .def_static(
+          "from_arrays", &from_arrays, py::arg("tensors"), py::arg("buffers"), py::arg("tensor"),
+          py::arg("buffer"), py::arg("offset"), py::arg("extent"), py::arg("byte_offset"),
+          py::arg("byte_strides"), py::arg("padding") = std::nullopt,
+          py::arg("places") = py::tuple(),
+          "The same from int64 arrays, for many fragments: tensor, buffer: [n], places in the\n"
+          "tables given; byte_offset: [n]; offset, extent, byte_strides: [n, d], of which each\n"
+          "fragment uses as many columns as its tensor has dimensions; padding: [m, 3] of\n"
+          "buffer, byte offset, nbytes. LayoutError for anything else.")
       .def_static("merge", &Layout::merge, py::arg("layouts"),
                   "The union of layouts that agree on shared tensors; LayoutError otherwise.")
       .def("of_rank", &Layout::of_rank, py::arg("rank"),
@@ -219,10 +283,13 @@ void bind_plan(py::module_& module) {
       .def("run", &BoundExecution::run,
            "Fills the destination buffers; a share, the bytes that are its own. Releases the GIL.\n"
            "Not in two threads at once: both would write the same memory.");
-  py::class_<Plan>(module, "Plan",
-                   "The copies from a source layout to a destination layout, proven to write each\n"
-                   "destination byte exactly once.")
-      .def_property_readonly("source",
+  py::class_<Plan> type(
+      module, "Plan",
+      "The copies from a source layout to a destination layout, proven to write each\n"
+      "destination byte exactly once.");
+  bind_form(type,
+            "the plan is proven again. Whatever is malformed raises LayoutError or PlanError.");
+  type.def_property_readonly("source",
                              [](const Plan& self) { return shared(self.shared_source()); })
       .def_property_readonly("destination",
                              [](const Plan& self) { return shared(self.shared_destination()); })

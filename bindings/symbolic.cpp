@@ -54,12 +54,13 @@ void bind_blocks(py::module_& module) {
 }
 
 void bind_symbolic_layout(py::module_& module) {
-  py::class_<SymbolicLayout, SharedSymbolic>(
+  py::class_<SymbolicLayout, SharedSymbolic> type(
       module, "SymbolicLayout",
       "A layout of blocks that repeat, validated at construction (LayoutError) and frozen. "
       "blocks,\n"
-      "their instances and places are kept in an order of its own, the same for equal values.")
-      .def(py::init<std::vector<LayoutBlock>, std::vector<Place>>(), py::arg("blocks"),
+      "their instances and places are kept in an order of its own, the same for equal values.");
+  bind_form(type, "whatever is malformed raises LayoutError.");
+  type.def(py::init<std::vector<LayoutBlock>, std::vector<Place>>(), py::arg("blocks"),
            py::arg("places") = py::tuple())
       .def_property_readonly("blocks",
                              [](const SymbolicLayout& self) { return as_tuple(self.blocks()); })
@@ -97,10 +98,12 @@ py::dict columns(const std::vector<SymbolicPlan::Traffic>& rows) {
 }
 
 void bind_symbolic_plan(py::module_& module) {
-  py::class_<SymbolicPlan>(
+  py::class_<SymbolicPlan> type(
       module, "SymbolicPlan",
-      "The copies between two symbolic layouts: what repeats is planned and proven once.")
-      .def_property_readonly("source",
+      "The copies between two symbolic layouts: what repeats is planned and proven once.");
+  bind_form(type,
+            "the plan is proven again. Whatever is malformed raises LayoutError or PlanError.");
+  type.def_property_readonly("source",
                              [](const SymbolicPlan& self) { return shared(self.shared_source()); })
       .def_property_readonly(
           "destination", [](const SymbolicPlan& self) { return shared(self.shared_destination()); })

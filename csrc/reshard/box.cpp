@@ -29,6 +29,20 @@ std::size_t most_telling_axis(const std::vector<const Region*>& boxes) {
 
 }  // namespace
 
+bool overlap(const Region& a, const Region& b) {
+  for (std::size_t d = 0; d < a.offset.size(); ++d) {
+    if (a.offset[d] >= end_of(b, d) || b.offset[d] >= end_of(a, d)) return false;
+  }
+  return true;
+}
+
+bool contains(const Region& outer, const Region& inner) {
+  for (std::size_t d = 0; d < outer.offset.size(); ++d) {
+    if (inner.offset[d] < outer.offset[d] || end_of(inner, d) > end_of(outer, d)) return false;
+  }
+  return true;
+}
+
 std::optional<Region> intersect(const Region& a, const Region& b) {
   Region common;
   common.offset.resize(a.offset.size());
@@ -100,7 +114,7 @@ void BoxIndex::collect(std::size_t low, std::size_t high, const Region& box,
   collect(low, middle, box, found);
   const Region& here = *boxes_[order_[middle]];
   if (here.offset[axis_] >= end_of(box, axis_)) return;
-  if (intersect(here, box)) found.push_back(order_[middle]);
+  if (overlap(here, box)) found.push_back(order_[middle]);
   collect(middle + 1, high, box, found);
 }
 

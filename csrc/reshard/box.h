@@ -13,6 +13,12 @@ namespace kimisys::reshard {
 // The common part of two boxes of the same tensor; nothing when it would be empty.
 std::optional<Region> intersect(const Region& a, const Region& b);
 
+// Do they have an element in common? Neither may be empty.
+bool overlap(const Region& a, const Region& b);
+
+// Is `inner` a part of `outer`?
+bool contains(const Region& outer, const Region& inner);
+
 // Appends to `rest` disjoint boxes that together are `box` without `hole`. `hole` must lie inside.
 void subtract(const Region& box, const Region& hole, std::vector<Region>& rest);
 

@@ -100,6 +100,20 @@ auto key_of(const Buffer& buffer) {
   return std::pair<std::int64_t, std::string_view>(buffer.rank, buffer.name);
 }
 
+std::string_view tensor_key(const Tensor& tensor) { return tensor.name; }
+
+// The place of each item in the sorted table. Ties keep their order, as in sort_tables.
+template <typename T, typename Key>
+std::vector<std::size_t> order_of(const std::vector<T>& table, Key key) {
+  std::vector<std::size_t> sorted(table.size());
+  std::iota(sorted.begin(), sorted.end(), std::size_t{0});
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [&](std::size_t a, std::size_t b) { return key(table[a]) < key(table[b]); });
+  std::vector<std::size_t> place(table.size());
+  for (std::size_t i = 0; i < sorted.size(); ++i) place[sorted[i]] = i;
+  return place;
+}
+
 }  // namespace
 
 void check_tensor(const Tensor& tensor) {
@@ -126,10 +140,55 @@ Layout::Layout(std::vector<Tensor> tensors, std::vector<Buffer> buffers,
       fragments_(std::move(fragments)),
       padding_(std::move(padding)),
       places_(std::move(places)) {
-  std::sort(tensors_.begin(), tensors_.end(),
-            [](const Tensor& a, const Tensor& b) { return a.name < b.name; });
-  std::sort(buffers_.begin(), buffers_.end(),
-            [](const Buffer& a, const Buffer& b) { return key_of(a) < key_of(b); });
+  sort_tables();
+  resolve();
+  check_fragments();
+}
+
+Layout Layout::of_rows(std::vector<Tensor> tensors, std::vector<Buffer> buffers,
+                       const std::vector<FragmentRow>& fragments,
+                       const std::vector<PaddingRow>& padding, std::vector<Place> places) {
+  const auto inside = [](std::size_t index, std::size_t size, const char* what) {
+    KIMISYS_CHECK(index < size, kBad, "a row names ", what, " ", index, " of a table of ", size);
+  };
+  // Where each row's tensor and buffer will be once the tables are sorted.
+  const std::vector<std::size_t> tensor_order = order_of(tensors, &tensor_key);
+  const std::vector<std::size_t> buffer_order = order_of(buffers, &key_of);
+  Layout layout;
+  layout.fragments_.reserve(fragments.size());
+  layout.fragment_tensor_.reserve(fragments.size());
+  layout.fragment_buffer_.reserve(fragments.size());
+  for (const FragmentRow& row : fragments) {
+    inside(row.tensor, tensors.size(), "tensor");
+    inside(row.buffer, buffers.size(), "buffer");
+    layout.fragments_.push_back({tensors[row.tensor].name, row.region, buffers[row.buffer].rank,
+                                 buffers[row.buffer].name, row.byte_offset, row.byte_strides});
+    layout.fragment_tensor_.push_back(tensor_order[row.tensor]);
+    layout.fragment_buffer_.push_back(buffer_order[row.buffer]);
+  }
+  for (const PaddingRow& row : padding) {
+    inside(row.buffer, buffers.size(), "buffer");
+    const Buffer& buffer = buffers[row.buffer];
+    layout.padding_.push_back({buffer.rank, buffer.name, row.byte_offset, row.nbytes});
+    layout.padding_buffer_.push_back(buffer_order[row.buffer]);
+  }
+  layout.tensors_ = std::move(tensors);
+  layout.buffers_ = std::move(buffers);
+  layout.places_ = std::move(places);
+  layout.sort_tables();
+  layout.check_fragments();
+  return layout;
+}
+
+void Layout::sort_tables() {
+  const auto by_name = [](const Tensor& a, const Tensor& b) { return a.name < b.name; };
+  const auto by_key = [](const Buffer& a, const Buffer& b) { return key_of(a) < key_of(b); };
+  if (!std::is_sorted(tensors_.begin(), tensors_.end(), by_name)) {
+    std::stable_sort(tensors_.begin(), tensors_.end(), by_name);
+  }
+  if (!std::is_sorted(buffers_.begin(), buffers_.end(), by_key)) {
+    std::stable_sort(buffers_.begin(), buffers_.end(), by_key);
+  }
   std::sort(places_.begin(), places_.end(),
             [](const Place& a, const Place& b) { return a.rank < b.rank; });
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
@@ -137,43 +196,60 @@ Layout::Layout(std::vector<Tensor> tensors, std::vector<Buffer> buffers,
     KIMISYS_CHECK(i == 0 || tensors_[i].name != tensors_[i - 1].name, kBad, "tensor '",
                   tensors_[i].name, "' appears twice; names must be unique");
   }
+  std::int64_t sum = 0;
   for (std::size_t i = 0; i < buffers_.size(); ++i) {
     check_buffer(buffers_[i]);
     KIMISYS_CHECK(i == 0 || key_of(buffers_[i]) != key_of(buffers_[i - 1]), kBad, "buffer '",
                   buffers_[i].name, "' of rank ", buffers_[i].rank,
                   " appears twice; names must be unique on a rank");
+    sum += buffers_[i].nbytes;
+    KIMISYS_CHECK(sum <= kMaxTotalBytes, kBad, "the buffers up to '", buffers_[i].name,
+                  "' of rank ", buffers_[i].rank, " have more than ", kMaxTotalBytes,
+                  " bytes in all; check their sizes");
   }
   for (std::size_t i = 0; i < places_.size(); ++i) {
     check_place(places_[i]);
     KIMISYS_CHECK(i == 0 || places_[i].rank != places_[i - 1].rank, kBad, "rank ", places_[i].rank,
                   " has two places; give it one");
   }
-  resolve();
 }
 
 void Layout::resolve() {
   fragment_tensor_.reserve(fragments_.size());
   fragment_buffer_.reserve(fragments_.size());
+  // Neighbours often share a tensor or a buffer.
+  std::optional<std::size_t> tensor;
+  std::optional<std::size_t> buffer;
   for (const Fragment& fragment : fragments_) {
-    const auto tensor = find_tensor(fragment.tensor);
+    if (!tensor || tensors_[*tensor].name != fragment.tensor) tensor = find_tensor(fragment.tensor);
     KIMISYS_CHECK(tensor, kBad, "a fragment on rank ", fragment.rank, " names tensor '",
                   fragment.tensor, "', which is not in the tensor table; add it or mend the name");
-    const auto buffer = find_buffer(fragment.rank, fragment.buffer);
+    if (!buffer || buffers_[*buffer].rank != fragment.rank ||
+        buffers_[*buffer].name != fragment.buffer) {
+      buffer = find_buffer(fragment.rank, fragment.buffer);
+    }
     KIMISYS_CHECK(buffer, kBad, "a fragment of tensor '", fragment.tensor, "' names buffer '",
                   fragment.buffer, "' of rank ", fragment.rank,
                   ", which is not in the buffer table; add it or mend the name");
-    check_region(fragment, tensors_[*tensor]);
-    check_bytes(fragment, tensors_[*tensor], buffers_[*buffer]);
     fragment_tensor_.push_back(*tensor);
     fragment_buffer_.push_back(*buffer);
   }
   padding_buffer_.reserve(padding_.size());
   for (const Padding& padding : padding_) {
-    const auto buffer = find_buffer(padding.rank, padding.buffer);
-    KIMISYS_CHECK(buffer, kBad, "padding names buffer '", padding.buffer, "' of rank ",
-                  padding.rank, ", which is not in the buffer table; add it or mend the name");
-    check_padding(padding, buffers_[*buffer]);
-    padding_buffer_.push_back(*buffer);
+    const auto found = find_buffer(padding.rank, padding.buffer);
+    KIMISYS_CHECK(found, kBad, "padding names buffer '", padding.buffer, "' of rank ", padding.rank,
+                  ", which is not in the buffer table; add it or mend the name");
+    padding_buffer_.push_back(*found);
+  }
+}
+
+void Layout::check_fragments() const {
+  for (std::size_t i = 0; i < fragments_.size(); ++i) {
+    check_region(fragments_[i], tensors_[fragment_tensor_[i]]);
+    check_bytes(fragments_[i], tensors_[fragment_tensor_[i]], buffers_[fragment_buffer_[i]]);
+  }
+  for (std::size_t i = 0; i < padding_.size(); ++i) {
+    check_padding(padding_[i], buffers_[padding_buffer_[i]]);
   }
 }
 

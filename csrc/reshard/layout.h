@@ -13,19 +13,19 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "reshard/dims.h"
 
 namespace kimisys::reshard {
-
-// One entry per tensor dimension: sizes and offsets in elements, strides in bytes.
-using Dims = std::vector<std::int64_t>;
-
-// More dimensions than any checkpoint has; the executor keeps its loop state in arrays of this
-// size.
-inline constexpr std::size_t kMaxDims = 8;
 
 // No tensor or buffer is larger (1 PiB), so that sums and products of valid numbers cannot
 // overflow.
 inline constexpr std::int64_t kMaxBytes = std::int64_t{1} << 50;
+
+// Nor are all buffers of a layout together (4 EiB).
+inline constexpr std::int64_t kMaxTotalBytes = std::int64_t{1} << 62;
+
+// No name in a compact form or a symbolic layout is longer, in bytes.
+inline constexpr std::size_t kMaxName = 1024;
 
 // A logical parameter in checkpoint coordinates. A shape may be empty (0-d) or hold zeros.
 struct Tensor {
@@ -89,6 +89,21 @@ struct Place {
   bool operator==(const Place&) const = default;
 };
 
+// A fragment and a padding that name their tensor and buffer by the place in the tables given.
+struct FragmentRow {
+  std::size_t tensor = 0;
+  std::size_t buffer = 0;
+  Region region;
+  std::int64_t byte_offset = 0;
+  Dims byte_strides;
+};
+
+struct PaddingRow {
+  std::size_t buffer = 0;
+  std::int64_t byte_offset = 0;
+  std::int64_t nbytes = 0;
+};
+
 class Layout {
  public:
   Layout() = default;
@@ -96,6 +111,12 @@ class Layout {
   // tensor, bytes outside their buffer, negative or overflowing numbers.
   Layout(std::vector<Tensor> tensors, std::vector<Buffer> buffers, std::vector<Fragment> fragments,
          std::vector<Padding> padding = {}, std::vector<Place> places = {});
+
+  // The same from rows, which need no names looked up.
+  static Layout of_rows(std::vector<Tensor> tensors, std::vector<Buffer> buffers,
+                        const std::vector<FragmentRow>& fragments,
+                        const std::vector<PaddingRow>& padding = {},
+                        std::vector<Place> places = {});
 
   const std::vector<Tensor>& tensors() const { return tensors_; }        // sorted by name
   const std::vector<Buffer>& buffers() const { return buffers_; }        // sorted by (rank, name)
@@ -133,10 +154,20 @@ class Layout {
   std::string to_json() const;
   static Layout from_json(std::string_view text);
 
+  // The compact form (see bytes.cpp): equal values give equal bytes. from_bytes treats them as
+  // hostile: whatever is malformed raises LayoutError.
+  std::string to_bytes() const;
+  static Layout from_bytes(std::string_view bytes);
+
+  // 32 hexadecimal digits that stand for to_bytes().
+  std::string fingerprint() const;
+
   bool operator==(const Layout&) const = default;
 
  private:
+  void sort_tables();
   void resolve();
+  void check_fragments() const;
 
   std::vector<Tensor> tensors_;
   std::vector<Buffer> buffers_;

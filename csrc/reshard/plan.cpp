@@ -1,183 +1,17 @@
 #include "reshard/plan.h"
 
 #include <algorithm>
-#include <tuple>
 #include <unordered_map>
 #include <utility>
 
 #include "base/error.h"
 #include "reshard/box.h"
+#include "reshard/choice.h"
 
 namespace kimisys::reshard {
 namespace {
 
 constexpr auto kBad = ErrorCode::kPlan;
-
-// Where the source holds one tensor: its distinct regions, and for each the fragments that hold it.
-class Holders {
- public:
-  Holders(const Layout& source, std::vector<std::size_t> fragments)
-      : owners_(group(source, std::move(fragments))), index_(regions(source, owners_)) {}
-
-  // Groups of replicas, one group for each distinct region that overlaps `box`.
-  std::vector<const std::vector<std::size_t>*> overlapping(const Region& box) const {
-    std::vector<std::size_t> found = index_.overlapping(box);
-    std::sort(found.begin(), found.end());
-    std::vector<const std::vector<std::size_t>*> groups;
-    for (const std::size_t i : found) groups.push_back(&owners_[i]);
-    return groups;
-  }
-
- private:
-  using Groups = std::vector<std::vector<std::size_t>>;
-
-  static Groups group(const Layout& source, std::vector<std::size_t> fragments) {
-    const auto region = [&](std::size_t i) -> const Region& {
-      return source.fragments()[i].region;
-    };
-    std::stable_sort(fragments.begin(), fragments.end(), [&](std::size_t a, std::size_t b) {
-      return std::tie(region(a).offset, region(a).extent) <
-             std::tie(region(b).offset, region(b).extent);
-    });
-    Groups groups;
-    for (const std::size_t i : fragments) {
-      if (groups.empty() || region(groups.back().front()) != region(i)) groups.emplace_back();
-      groups.back().push_back(i);
-    }
-    return groups;
-  }
-
-  static std::vector<const Region*> regions(const Layout& source, const Groups& groups) {
-    std::vector<const Region*> list;
-    for (const auto& group : groups) list.push_back(&source.fragments()[group.front()].region);
-    return list;
-  }
-
-  Groups owners_;
-  BoxIndex index_;
-};
-
-class Planner {
- public:
-  Planner(const Layout& source, const Layout& destination)
-      : source_(source), destination_(destination), held_(fragments_by_tensor(source)) {}
-
-  std::vector<Step> run() {
-    const auto wanted = fragments_by_tensor(destination_);
-    for (std::size_t t = 0; t < wanted.size(); ++t) {
-      const Tensor& tensor = destination_.tensors()[t];
-      const auto held = source_.find_tensor(tensor.name);
-      if (held) check_shapes(source_.tensors()[*held], tensor);
-      if (wanted[t].empty()) continue;
-      KIMISYS_CHECK(held, kBad, "tensor '", tensor.name, "' is wanted by destination rank ",
-                    destination_.fragments()[wanted[t].front()].rank,
-                    " but the source layout does not know it; its ranks are ",
-                    ranks_text(source_.ranks()), ". Add it to the source or map its name");
-      check_cast(source_.tensors()[*held], tensor, wanted[t]);
-      join(*held, wanted[t]);
-    }
-    return std::move(steps_);
-  }
-
- private:
-  // One replica, and how willing we are to read it: lower is better, compared in this order.
-  struct Choice {
-    std::int64_t distance;
-    std::int64_t bytes;
-    std::int64_t minus_overlap;
-    std::size_t fragment;
-    auto key() const { return std::tie(distance, bytes, minus_overlap, fragment); }
-    bool operator<(const Choice& other) const { return key() < other.key(); }
-  };
-
-  void check_shapes(const Tensor& held, const Tensor& wanted) const {
-    KIMISYS_CHECK(held.shape == wanted.shape, kBad, "tensor '", wanted.name, "' has shape ",
-                  to_string(held.shape), " in the source (ranks ", ranks_text(source_.ranks()),
-                  ") and ", to_string(wanted.shape), " in the destination (ranks ",
-                  ranks_text(destination_.ranks()),
-                  "); both sides must use the checkpoint's coordinates");
-  }
-
-  void check_cast(const Tensor& held, const Tensor& wanted,
-                  const std::vector<std::size_t>& fragments) const {
-    const Fragment& first = destination_.fragments()[fragments.front()];
-    KIMISYS_CHECK(can_cast(held.dtype, wanted.dtype), kBad, "tensor '", wanted.name, "' region ",
-                  first.region, " for destination rank ", first.rank, " would need a cast from ",
-                  dtype_name(held.dtype), " to ", dtype_name(wanted.dtype),
-                  "; supported are equal dtypes, float32 -> bfloat16 and bfloat16 -> float32");
-  }
-
-  void join(std::size_t tensor, const std::vector<std::size_t>& wanted) {
-    KIMISYS_CHECK(!held_[tensor].empty(), kBad, "tensor '", source_.tensors()[tensor].name,
-                  "' region ", destination_.fragments()[wanted.front()].region,
-                  " for destination rank ", destination_.fragments()[wanted.front()].rank,
-                  " has no source: no source rank of ", ranks_text(source_.ranks()),
-                  " holds any part of it");
-    const Holders holders(source_, held_[tensor]);
-    const std::int64_t item = itemsize(source_.tensors()[tensor].dtype);
-    for (const std::size_t want : wanted) fill(want, holders, item);
-  }
-
-  // Covers one destination fragment, best replica first; each next one fills what is still open.
-  void fill(std::size_t want, const Holders& holders, std::int64_t item) {
-    const Fragment& fragment = destination_.fragments()[want];
-    std::vector<Choice> choices;
-    for (const auto* owners : holders.overlapping(fragment.region)) {
-      choices.push_back(best_of(*owners, fragment));
-    }
-    std::sort(choices.begin(), choices.end());
-    std::vector<Region> open = {fragment.region};
-    for (const Choice& choice : choices) {
-      const Fragment& held = source_.fragments()[choice.fragment];
-      std::vector<Region> still_open;
-      for (const Region& box : open) {
-        const auto common = intersect(box, held.region);
-        if (!common) {
-          still_open.push_back(box);
-          continue;
-        }
-        subtract(box, *common, still_open);
-        bytes_from_[held.rank] += common->elements() * item;
-        steps_.push_back({choice.fragment, want, *common});
-      }
-      open = std::move(still_open);
-      if (open.empty()) return;
-    }
-    report_missing(fragment, open.front());
-  }
-
-  Choice best_of(const std::vector<std::size_t>& owners, const Fragment& wanted) {
-    const Place here = destination_.place_of(wanted.rank);
-    const std::int64_t overlap =
-        intersect(source_.fragments()[owners.front()].region, wanted.region)->elements();
-    Choice best{3, 0, 0, 0};
-    for (const std::size_t owner : owners) {
-      const std::int64_t rank = source_.fragments()[owner].rank;
-      const Place there = source_.place_of(rank);
-      const std::int64_t distance = there.node != here.node ? 2 : there.device != here.device;
-      best = std::min(best, Choice{distance, bytes_from_[rank], -overlap, owner});
-    }
-    return best;
-  }
-
-  void report_missing(const Fragment& wanted, const Region& open) const {
-    std::vector<std::int64_t> ranks;
-    for (const std::size_t i : held_[*source_.find_tensor(wanted.tensor)]) {
-      ranks.push_back(source_.fragments()[i].rank);
-    }
-    std::sort(ranks.begin(), ranks.end());
-    ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
-    fail(kBad, "tensor '", wanted.tensor, "' region ", open, " for destination rank ", wanted.rank,
-         " has no source: source ranks ", ranks_text(ranks),
-         " hold parts of the tensor, but not this one. Add the missing source rank's layout");
-  }
-
-  const Layout& source_;
-  const Layout& destination_;
-  std::vector<std::vector<std::size_t>> held_;
-  std::unordered_map<std::int64_t, std::int64_t> bytes_from_;
-  std::vector<Step> steps_;
-};
 
 }  // namespace
 
@@ -250,7 +84,18 @@ Plan Plan::of_source(std::int64_t source_rank) const {
 }
 
 Plan make_plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination) {
-  std::vector<Step> steps = Planner(*source, *destination).run();
+  const auto places = [](const Layout& layout) {
+    std::vector<Place> list;
+    for (const Buffer& buffer : layout.buffers()) {
+      if (list.empty() || list.back().rank != buffer.rank) {
+        list.push_back(layout.place_of(buffer.rank));
+      }
+    }
+    return list;
+  };
+  Loads loads;
+  std::vector<Step> steps =
+      make_steps(*source, *destination, {{places(*source), places(*destination)}}, loads);
   return {std::move(source), std::move(destination), std::move(steps)};
 }
 

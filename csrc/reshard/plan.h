@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "reshard/layout.h"
@@ -98,6 +99,15 @@ class Plan {
   // Raises PlanError if the source has no such rank.
   Plan of_source(std::int64_t source_rank) const;
 
+  // The compact form (see bytes.cpp): equal values give equal bytes. from_bytes treats them as
+  // hostile: whatever is malformed raises LayoutError or PlanError, and the
+  // steps are proven again.
+  std::string to_bytes() const;
+  static Plan from_bytes(std::string_view bytes);
+
+  // 32 hexadecimal digits that stand for to_bytes().
+  std::string fingerprint() const;
+
  private:
   std::shared_ptr<const Layout> source_;
   std::shared_ptr<const Layout> destination_;
@@ -106,10 +116,11 @@ class Plan {
   Proof proof_;
 };
 
-// Plans an interval join per tensor. Of several replicas the source is chosen by same device, then
-// same node, then fewest bytes planned so far from its rank; ties go to the lower fragment index,
-// so the plan depends on nothing but the layouts. Raises PlanError (see prove, and unknown or
-// misshapen tensors, elements without a source, unsupported casts).
+// Plans an interval join per tensor. Of several replicas those on the same device are preferred,
+// then those on the same node; among equally near ones the choice keeps the busiest NIC's bytes low
+// (see choice.h), then the busiest rank's. The plan depends on nothing but the layouts. Raises
+// PlanError (see prove, and unknown or misshapen tensors, elements without a source, unsupported
+// casts).
 Plan make_plan(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> destination);
 
 // "[0, 1, 2]", shortened when long.

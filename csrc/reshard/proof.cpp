@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/lists.h"
 #include "reshard/plan.h"
 #include "reshard/tiling.h"
 
@@ -63,15 +64,17 @@ class Prover {
       : source_(source), destination_(destination), steps_(steps), share_of_(share_of) {}
 
   Proof run() {
-    std::vector<std::vector<const Region*>> boxes(destination_.fragments().size());
-    for (const Step& step : steps_) {
-      check_step(step);
-      boxes[step.destination_fragment].push_back(&step.region);
-    }
+    for (const Step& step : steps_) check_step(step);
+    const Lists steps_to(destination_.fragments().size(), steps_.size(), [this](std::size_t i) {
+      return static_cast<std::int64_t>(steps_[i].destination_fragment);
+    });
     Proof proof;
     proof.copies = static_cast<std::int64_t>(steps_.size());
-    for (std::size_t i = 0; i < boxes.size(); ++i) {
-      proof.copied_bytes += check_fragment(i, std::move(boxes[i]));
+    std::vector<const Region*> boxes;
+    for (std::size_t i = 0; i < steps_to.size(); ++i) {
+      boxes.clear();
+      for (const std::size_t step : steps_to[i]) boxes.push_back(&steps_[step].region);
+      proof.copied_bytes += check_fragment(i, boxes);
     }
     check_buffers();
     if (share_of_) return run_share(proof);
@@ -137,11 +140,11 @@ class Prover {
   }
 
   // Returns the bytes written into the fragment.
-  std::int64_t check_fragment(std::size_t index, std::vector<const Region*> boxes) const {
+  std::int64_t check_fragment(std::size_t index, std::vector<const Region*>& boxes) const {
     const Fragment& fragment = destination_.fragments()[index];
-    std::int64_t written = 0;
-    for (const Region* box : boxes) written += box->elements();
     check_disjoint(fragment, boxes);
+    std::int64_t written = 0;  // disjoint boxes inside the fragment cannot overflow it
+    for (const Region* box : boxes) written += box->elements();
     const std::int64_t wanted = fragment.region.elements();
     KIMISYS_CHECK(written == wanted || share_of_, kBad, "tensor '", fragment.tensor, "' region ",
                   fragment.region, " on destination rank ", fragment.rank, " has ", wanted,
@@ -235,6 +238,9 @@ class Prover {
     std::ostringstream where;
     where << "bytes [" << violation.begin << ":" << violation.end << ") of buffer '" << buffer.name
           << "' on destination rank " << buffer.rank;
+    KIMISYS_CHECK(violation.kind != Violation::Kind::kUnknown, kBad, "the fragments that write ",
+                  where.str(), " follow no regular pattern and have more than ", kMaxRuns,
+                  " runs; no layout of a framework does. Mend their strides");
     if (violation.kind == Violation::Kind::kOverlap) {
       fail(kBad, where.str(), " would be written twice: by ", owner_text(violation.before),
            " and by ", owner_text(violation.after),

@@ -97,6 +97,7 @@ SymbolicLayout::SymbolicLayout(std::vector<LayoutBlock> blocks, std::vector<Plac
   std::stable_sort(blocks_.begin(), blocks_.end(), [](const LayoutBlock& a, const LayoutBlock& b) {
     return key_of(a) < key_of(b);
   });
+  check_bytes();
   check_names();
   index();
 }
@@ -113,6 +114,9 @@ void SymbolicLayout::check_block(const LayoutBlock& block) const {
                 " has places in its layout; give them to the symbolic layout, for its own ranks");
   const std::size_t locals = local_ranks(layout);
   for (const Instance& instance : block.instances) {
+    KIMISYS_CHECK(std::max(instance.label.size(), instance.buffer_label.size()) <= kMaxName, kBad,
+                  "a label of ", what, " has more than ", kMaxName, " bytes: '",
+                  instance.label.substr(0, 80), "'");
     KIMISYS_CHECK(locals <= instance.ranks.size(), kBad, "instance '", instance.label, "' of ",
                   what, " has ", instance.ranks.size(), " ranks, but the layout has local rank ",
                   locals - 1, "; local rank i needs ranks[i]");
@@ -124,6 +128,19 @@ void SymbolicLayout::check_block(const LayoutBlock& block) const {
                   " twice; each local rank needs a rank of its own");
     KIMISYS_CHECK(sorted.empty() || sorted.front() >= 0, kBad, "instance '", instance.label,
                   "' of ", what, " names the negative rank ", sorted.empty() ? 0 : sorted.front());
+  }
+}
+
+void SymbolicLayout::check_bytes() const {
+  std::int64_t sum = 0;
+  for (const LayoutBlock& block : blocks_) {
+    std::int64_t each = 0;  // cannot overflow: the layout has at most kMaxTotalBytes
+    for (const Buffer& buffer : block.layout->buffers()) each += buffer.nbytes;
+    const auto count = static_cast<std::int64_t>(block.instances.size());
+    const bool fits = each == 0 || count <= (kMaxTotalBytes - sum) / each;
+    KIMISYS_CHECK(fits, kBad, "the buffers have more than ", kMaxTotalBytes,
+                  " bytes in all; check their sizes and the instances");
+    sum += each * count;
   }
 }
 
@@ -151,6 +168,9 @@ void SymbolicLayout::check_names() const {
         const Instance& instance = blocks_[b].instances[i];
         for (std::uint32_t k = 0; k < table.size(); ++k) {
           expand_into(text, table[k].name, label_of(instance));
+          KIMISYS_CHECK(text.size() <= kMaxName, kBad, "a name of instance '", instance.label,
+                        "' has ", text.size(), " bytes when spelled out; at most ", kMaxName,
+                        " are supported: '", text.substr(0, 80), "...'");
           const auto rank = static_cast<std::size_t>(rank_of(instance, table[k]));
           names.push_back(
               {std::hash<std::string_view>()(text) + rank * 0x9e3779b97f4a7c15U, b, i, k});

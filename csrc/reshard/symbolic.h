@@ -51,7 +51,8 @@ class SymbolicLayout {
   SymbolicLayout() = default;
   // Raises LayoutError for a block without layout or instances, a layout with places, an instance
   // with too few, negative or repeated ranks, a tensor or a (rank, buffer) that stands in two
-  // instances, a rank with two places.
+  // instances, names of more than kMaxName
+  // bytes, more than kMaxTotalBytes in all, a rank with two places.
   explicit SymbolicLayout(std::vector<LayoutBlock> blocks, std::vector<Place> places = {});
 
   // In a canonical order, whatever order was given: instances by length and text of their label,
@@ -82,6 +83,14 @@ class SymbolicLayout {
   // Everything spelled out; fragments in the order of blocks, instances, and within the block.
   Layout concrete() const;
 
+  // The compact form (see bytes.cpp): equal values give equal bytes. from_bytes treats them as
+  // hostile: whatever is malformed raises LayoutError.
+  std::string to_bytes() const;
+  static SymbolicLayout from_bytes(std::string_view bytes);
+
+  // 32 hexadecimal digits that stand for to_bytes().
+  std::string fingerprint() const;
+
   // The fragments (and paddings) of a local rank, as indices into the block's layout.
   std::span<const std::size_t> fragments_of(std::size_t block, std::size_t local) const {
     return local < fragments_[block].size() ? fragments_[block][local]
@@ -98,6 +107,7 @@ class SymbolicLayout {
  private:
   void check_block(const LayoutBlock& block) const;
   void check_names() const;
+  void check_bytes() const;
   void index();
 
   std::vector<LayoutBlock> blocks_;

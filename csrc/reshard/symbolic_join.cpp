@@ -3,6 +3,7 @@
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -100,6 +101,7 @@ class Joiner {
     for (std::size_t i = 0; i < block.instances.size(); ++i) {
       Group::Member member{i, {}};
       Found found = look_up(block, block.instances[i], wanted, member);
+      found.neighbours = neighbours(block, block.instances[i], found, member);
       const auto [at, is_new] = known.emplace(std::move(found), groups_.size());
       if (is_new) groups_.push_back(make_group(b, at->first, wanted));
       groups_[at->second].members.push_back(std::move(member));
@@ -127,6 +129,44 @@ class Joiner {
       found.tensors.push_back(std::uint64_t{slot->second} << 32U | standing->tensor);
     }
     return found;
+  }
+
+  // Which ranks share nodes and devices across the two sides, by numbers that depend on nothing
+  // else. Nodes of one side alone are all alike: they are far from everybody.
+  std::vector<std::int64_t> neighbours(const LayoutBlock& block, const Instance& instance,
+                                       const Found& found, const Group::Member& member) const {
+    if (source_.places().empty() && destination_.places().empty()) return {};
+    using Key = std::pair<std::int64_t, std::int64_t>;
+    std::set<Key> senders;
+    std::vector<Place> places;
+    for (std::size_t slot = 0; slot < found.sources.size(); ++slot) {
+      const LayoutBlock& held = source_.blocks()[found.sources[slot]];
+      const Instance& from = held.instances[member.instances[slot]];
+      for (std::size_t i = 0; i < local_ranks(*held.layout); ++i) {
+        places.push_back(source_.place_of(from.ranks[i]));
+        senders.insert({places.back().node, places.back().device});
+        senders.insert({places.back().node, -1});
+      }
+    }
+    const std::size_t sources = places.size();
+    std::map<Key, std::int64_t> shared;
+    for (std::size_t i = 0; i < local_ranks(*block.layout); ++i) {
+      places.push_back(destination_.place_of(instance.ranks[i]));
+      for (const Key& key :
+           {Key(places.back().node, -1), Key(places.back().node, places.back().device)}) {
+        if (senders.contains(key)) shared.emplace(key, static_cast<std::int64_t>(shared.size()));
+      }
+    }
+    std::vector<std::int64_t> numbers = {static_cast<std::int64_t>(sources)};
+    const auto number = [&](const Key& key) {
+      const auto at = shared.find(key);
+      return at == shared.end() ? -1 : at->second;
+    };
+    for (const Place& place : places) {
+      numbers.push_back(number({place.node, -1}));
+      numbers.push_back(number({place.node, place.device}));
+    }
+    return numbers;
   }
 
   [[noreturn]] void report_unknown(const std::string& name, const Fragment& fragment,

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "reshard/choice.h"
 #include "reshard/symbolic_part.h"
 
 namespace kimisys::reshard {
@@ -39,6 +40,36 @@ void plan_spelled_out(const SymbolicLayout& source, const SymbolicLayout& destin
   make_plan(from.layout(), to.layout());
 }
 
+// Where the ranks of each member run, in the order of the template's ranks.
+std::vector<Placement> placements_of(const SymbolicLayout& source,
+                                     const SymbolicLayout& destination, const Group& group) {
+  const auto ranks_of = [](const Layout& layout) {
+    std::vector<std::size_t> ranks;
+    for (const Buffer& buffer : layout.buffers()) {
+      const auto rank = static_cast<std::size_t>(buffer.rank);
+      if (ranks.empty() || ranks.back() != rank) ranks.push_back(rank);
+    }
+    return ranks;
+  };
+  const std::vector<std::size_t> from = ranks_of(*group.source);
+  const std::vector<std::size_t> to = ranks_of(*destination.blocks()[group.block].layout);
+  std::vector<Placement> placements;
+  for (const Group::Member& member : group.members) {
+    Placement& it = placements.emplace_back();
+    std::size_t slot = 0;
+    for (const std::size_t rank : from) {
+      while (slot + 1 < group.first.size() && rank >= group.first[slot + 1]) ++slot;
+      const Instance& held = source.blocks()[group.sources[slot]].instances[member.instances[slot]];
+      it.source.push_back(source.place_of(held.ranks[rank - group.first[slot]]));
+    }
+    const Instance& wanted = destination.blocks()[group.block].instances[member.instance];
+    for (const std::size_t rank : to) {
+      it.destination.push_back(destination.place_of(wanted.ranks[rank]));
+    }
+  }
+  return placements;
+}
+
 }  // namespace
 
 SymbolicPlan::SymbolicPlan(std::shared_ptr<const SymbolicLayout> source,
@@ -46,15 +77,25 @@ SymbolicPlan::SymbolicPlan(std::shared_ptr<const SymbolicLayout> source,
     : source_(std::move(source)),
       destination_(std::move(destination)),
       groups_(join(*source_, *destination_)) {
+  Loads loads;
   for (Group& group : groups_) {
+    const std::shared_ptr<const Layout>& block = destination_->blocks()[group.block].layout;
     try {
       group.plan = std::make_shared<const Plan>(
-          make_plan(group.source, destination_->blocks()[group.block].layout));
+          group.source, block,
+          make_steps(*group.source, *block, placements_of(*source_, *destination_, group), loads));
     } catch (const Error&) {
       plan_spelled_out(*source_, *destination_, group, group.members.front());
       throw;
     }
   }
+  index();
+}
+
+SymbolicPlan::SymbolicPlan(std::shared_ptr<const SymbolicLayout> source,
+                           std::shared_ptr<const SymbolicLayout> destination,
+                           std::vector<Group> groups)
+    : source_(std::move(source)), destination_(std::move(destination)), groups_(std::move(groups)) {
   index();
 }
 

@@ -13,6 +13,8 @@
 #include <iosfwd>
 #include <memory>
 #include <span>
+#include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -79,7 +81,20 @@ class SymbolicPlan {
   };
   std::vector<Traffic> traffic() const;
 
+  // The compact form (see bytes.cpp): equal values give equal bytes. from_bytes treats them as
+  // hostile: whatever is malformed raises LayoutError or PlanError, and the
+  // steps are proven again.
+  std::string to_bytes() const;
+  static SymbolicPlan from_bytes(std::string_view bytes);
+
+  // 32 hexadecimal digits that stand for to_bytes().
+  std::string fingerprint() const;
+
  private:
+  // With plans that are proven already.
+  SymbolicPlan(std::shared_ptr<const SymbolicLayout> source,
+               std::shared_ptr<const SymbolicLayout> destination, std::vector<Group> groups);
+
   struct Use {  // one slot of one member, by the source instance that fills it
     std::size_t block = 0;
     std::size_t instance = 0;

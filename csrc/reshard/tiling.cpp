@@ -79,6 +79,21 @@ std::optional<Violation> first_violation(std::vector<Run> runs, std::int64_t nby
   return std::nullopt;
 }
 
+// kMaxRuns + 1 if there are more.
+std::int64_t count_runs(const std::vector<Piece>& pieces) {
+  std::int64_t sum = 0;
+  for (const Piece& piece : pieces) {
+    std::int64_t runs = 1;
+    for (const Piece::Axis& axis : piece.axes) {
+      if (axis.extent > kMaxRuns / runs) return kMaxRuns + 1;
+      runs *= axis.extent;
+    }
+    sum += runs;
+    if (sum > kMaxRuns) break;
+  }
+  return sum;
+}
+
 // A repeated axis of stride 0 writes the same bytes again; found before its runs are listed.
 std::optional<Violation> self_overlap(const std::vector<Piece>& pieces) {
   for (const Piece& piece : pieces) {
@@ -120,6 +135,9 @@ std::optional<Violation> check_tiling(const std::vector<Piece>& pieces, std::int
   for (const Piece& piece : pieces) views.push_back({&piece, 0, piece.offset});
   if (tiles_regularly(std::move(views), 0, nbytes)) return std::nullopt;
   if (auto violation = self_overlap(pieces)) return violation;
+  if (count_runs(pieces) > kMaxRuns) {
+    return Violation{Violation::Kind::kUnknown, 0, nbytes, std::nullopt, std::nullopt};
+  }
   std::vector<Run> runs;
   for (const Piece& piece : pieces) list_runs(piece, 0, piece.offset, runs);
   return first_violation(std::move(runs), nbytes);

@@ -27,9 +27,13 @@ struct Piece {
 Piece make_piece(std::int64_t offset, const Dims& extent, const Dims& byte_strides,
                  std::int64_t itemsize, std::size_t owner);
 
-// The first bytes, in address order, that no piece or more than one piece covers.
+// Pieces that follow no regular pattern are checked run by run, up to so many.
+inline constexpr std::int64_t kMaxRuns = std::int64_t{1} << 24;
+
+// The first bytes, in address order, that no piece or more than one piece covers. kUnknown:
+// the pieces have more than kMaxRuns runs in no regular pattern.
 struct Violation {
-  enum class Kind { kHole, kOverlap } kind = Kind::kHole;
+  enum class Kind { kHole, kOverlap, kUnknown } kind = Kind::kHole;
   std::int64_t begin = 0;
   std::int64_t end = 0;
   std::optional<std::size_t> before;  // owner of the piece that ends at a hole, or overlaps first

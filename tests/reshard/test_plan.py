@@ -99,13 +99,20 @@ def replicas(places: list[Place]) -> Layout:
     return Layout([Tensor("w", "int8", (4,))], buffers, fragments, (), places)
 
 
-def test_of_replicas_the_same_device_then_node_then_the_least_busy_rank_serves() -> None:
+def test_of_replicas_the_same_device_serves_then_the_same_node() -> None:
     source = replicas([Place(0, node=1), Place(1, node=0, device=1), Place(2, node=0, device=0)])
     near = {Place(0): 2, Place(0, 0, 1): 1, Place(0, 0, 5): 1, Place(0, 1, 7): 0, Place(0, 9): 0}
     for place, rank in near.items():
         assert [c.source_rank for c in plan(source, replicas([place])).copies] == [rank]
-    many = plan(source, replicas([Place(rank, node=9) for rank in range(9)]))
-    assert Counter(c.source_rank for c in many.copies) == {0: 3, 1: 3, 2: 3}
+
+
+def test_the_bytes_of_replicas_are_balanced_over_nics_then_over_ranks() -> None:
+    far = replicas([Place(rank, node=9) for rank in range(12)])
+    apart = replicas([Place(rank, node=0, device=rank, nic=rank) for rank in range(3)])
+    assert Counter(c.source_rank for c in plan(apart, far).copies) == {0: 4, 1: 4, 2: 4}
+    # Ranks 1 and 2 share a NIC.
+    paired = replicas([Place(0, node=1), Place(1, node=0, device=1), Place(2, node=0, device=2)])
+    assert Counter(c.source_rank for c in plan(paired, far).copies) == {0: 6, 1: 3, 2: 3}
 
 
 def test_regions_that_overlap_without_fitting_are_cut() -> None:
