@@ -63,11 +63,19 @@ class SchedulesTorch:
         return torch.zeros(*size, **options)
 
 
-class _NoStream:
-    """Stands in for the CUDA stream on which a token dispatcher copies counts to the host."""
+_SPLITS = ("input_splits", "output_splits", "output_splits_tp")
 
 
-_NO_STREAM = _NoStream()
+def _counts_on_host(
+    dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """What the token dispatcher copies to the host on a stream of its own is there already; how
+    many tokens go where it wants as numpy arrays."""
+    for name in _SPLITS:
+        value = getattr(dispatcher, name, None)
+        if isinstance(value, torch.Tensor):
+            setattr(dispatcher, name, value.numpy())
+    return tokens_per_expert
 
 
 def _cpu_device() -> torch.device:
@@ -95,7 +103,9 @@ def apply() -> None:
     schedules.torch = SchedulesTorch()
     # without Transformer Engine, this name is asked for and not there
     moe_utils.__dict__.setdefault("te_general_gemm", None)
-    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NO_STREAM
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = "host"  # anything but None, for which a CUDA stream is made
+    dispatcher._maybe_dtoh_and_synchronize = _counts_on_host
     if not isinstance(multi_latent_attention.TELinear, type):
         multi_latent_attention.TELinear = DuplicatedLinear
     if not isinstance(random_states._CUDA_RNG_STATE_TRACKER, NoRandomStates):

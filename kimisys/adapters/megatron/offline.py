@@ -8,6 +8,7 @@ kind of layer, an instance for each layer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -72,6 +73,18 @@ def offline_layout(
 
 def _trace(family: Family, parallel: Parallel, dtype: str, grouped_experts: bool) -> SymbolicLayout:
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # how best to train so is not the question here
+        return _asked(family, parallel, dtype, torch_dtype, grouped_experts)
+
+
+def _asked(
+    family: Family,
+    parallel: Parallel,
+    dtype: str,
+    torch_dtype: torch.dtype,
+    grouped_experts: bool,
+) -> SymbolicLayout:
     config = transformer_config(family, parallel, torch_dtype, grouped_experts)
     everyone = seats(parallel)
     with runtime.as_rank(parallel, 0):  # a custom pipeline layout asks whether there are chunks
