@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -106,7 +107,7 @@ def layer_signatures(
     return {number: (frozenset(own), checkpoint.signature(number)) for number, own in parts.items()}
 
 
-def _traits(module: torch.nn.Module) -> tuple[Hashable, ...]:
+def _traits(module: torch.nn.Module) -> tuple[Any, ...]:
     parameters = tuple(
         (name, tuple(parameter.shape), parameter.dtype)
         for name, parameter in module.named_parameters(recurse=False)

@@ -82,11 +82,12 @@ class RankModel:
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Runs vLLM's own loader on the checkpoint's full-size tensors."""
-        with set_current_vllm_config(self.config), self._as_rank():
+        with set_current_vllm_config(self.config), self.as_rank():
             # torch types it as a tensor or a module, as any attribute of a module may be
             cast(Any, self.module).load_weights(iter(weights.items()))
 
-    def _as_rank(self) -> AbstractContextManager[None]:
+    def as_rank(self) -> AbstractContextManager[None]:
+        """This process answers as the model's rank inside the `with` block."""
         return as_rank(self.parallel, self.rank, self.layers)
 
 

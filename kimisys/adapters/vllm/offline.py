@@ -66,11 +66,14 @@ def engine_layout(
     would not hold every element; TraceError for what its loader does that cannot be followed, or
     leaves unwritten.
     """
-    if not isinstance(model, Mapping):
-        model = json.loads((Path(model) / "config.json").read_text())
+    config: dict[str, Any] = (
+        dict(model)
+        if isinstance(model, Mapping)
+        else json.loads((Path(model) / "config.json").read_text())
+    )
     table = sorted((t.name, t.dtype, t.shape) for t in tensors)
     key = {
-        "config": dict(model),
+        "config": config,
         "tensors": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
         "parallel": str(parallel),
         "dtype": dtype,
@@ -80,7 +83,7 @@ def engine_layout(
 
     def trace() -> SymbolicLayout:
         with tempfile.TemporaryDirectory(prefix="kimisys-") as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(dict(model)))
+            (Path(folder) / "config.json").write_text(json.dumps(config))
             return symbolic_layout(offline_config(folder, dtype), tensors, parallel)
 
     found = cached("vllm", key, trace, SymbolicLayout.to_bytes, SymbolicLayout.from_bytes)

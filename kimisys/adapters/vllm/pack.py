@@ -1,94 +1,98 @@
 """From verified weights into what the engine computes with.
 
-vLLM derives state from its parameters once, after loading: on the CPU build every linear layer
-keeps a packed copy for oneDNN (its parameter is left empty), and so does the output head, tied or
-not (its parameter stays, and the copy goes stale when it is written to). ``Packer`` finds what was
-derived by comparing the running model with one fresh from its constructor, and refuses, by name,
-what it does not know how to derive again. A tensor that is no parameter is refused unless it is
-known not to come from weights: whether it does cannot be seen, as its place may have been there
-from the start.
+vLLM derives state from its parameters once, after loading. On the CPU build linear layers and the
+output head keep packed copies for oneDNN, experts are packed in place, and MLA keeps `W_UK_T` and
+`W_UV` computed from `kv_b_proj`. ``Packer`` finds what was derived by comparing the running model
+with one fresh from its constructor. An update puts that back as the constructor left it, restores
+the parameters, and has vLLM's own hooks derive it again, in vLLM's order. What cannot be
+explained so is refused, by name, before anything is changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from vllm.model_executor.layers.attention import Attention
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.v1.attention.backend import AttentionImplBase
 
+from kimisys.adapters.vllm.derived import Derived, Inventory
 from kimisys.errors import LayoutError
 
-_DERIVED: Mapping[type[QuantizeMethodBase], frozenset[str]] = {
-    UnquantizedLinearMethod: frozenset({"cpu_linear"}),
-    UnquantizedEmbeddingMethod: frozenset({"cpu_linear"}),
-}
-"""Methods whose process_weights_after_loading derives everything anew, and the attributes it sets.
+_REPEATABLE: tuple[type[QuantizeMethodBase], ...] = (
+    UnquantizedLinearMethod,
+    UnquantizedEmbeddingMethod,
+    UnquantizedFusedMoEMethod,
+)
+"""Methods that derive the same again from restored parameters; the exact types."""
 
-``cpu_linear`` is a closure that owns the packed weight; setting it anew frees the old one.
-"""
-
-_CONSTANTS: Mapping[type[torch.nn.Module], frozenset[str]] = {
-    # Angles by position, from config.json.
-    RotaryEmbeddingBase: frozenset({"cos_sin_cache"}),
-    # The cache, which an update finds empty, and scales that are one without quantization.
-    Attention: frozenset(
-        {"kv_cache", "_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
-        | {"_k_scale_cpu", "_v_scale_cpu"}
-    ),
-}
-"""Tensors beside the parameters that do not come from weights, by the module that has them."""
-
-
-_TORCHS_OWN = frozenset({"_parameters", "_buffers", "_modules"})
-"""Attributes in which torch keeps what is looked at one by one."""
+_PACKAGE = "vllm."
+"""Attention kernels of vLLM's own derive again what they derived: its layerwise reload, too, calls
+their hook anew (`vllm/model_executor/model_loader/reload`). Others' are not known."""
 
 
 @dataclass(frozen=True)
-class _Refill:
-    """A parameter that vLLM emptied after packing: to pack again, it gets its full weight again."""
+class _Parameter:
+    """A parameter as the engine has it now; `shape` is what processing left of it."""
 
     module: torch.nn.Module
     attribute: str
     name: str
+    shape: tuple[int, ...]
+
+    @property
+    def current(self) -> torch.Tensor:
+        found: torch.Tensor = getattr(self.module, self.attribute)
+        return found.detach()
 
 
 class Packer:
     """Brings a running model's derived state in line with new weights.
 
-    running: the model as the engine uses it.
-    fresh: the same model as its constructor leaves it, on the meta device (``layout.build_model``).
+    running: the model as the engine uses it, its weights loaded and not all zero.
+    fresh: the same model as its constructor leaves it, on the CPU, so that its constants have their
+    values; its parameters are never touched, and it is not kept.
+    config: of the running model.
     Raises LayoutError naming what was derived from weights in a way that is not known here.
 
     Attributes:
         shapes: of every parameter before packing, tied ones once: name to an empty meta tensor.
+        derived: names of everything that an update derives again.
     """
 
-    def __init__(self, running: torch.nn.Module, fresh: torch.nn.Module) -> None:
-        self.shapes = {n: p.detach() for n, p in fresh.named_parameters()}
+    def __init__(
+        self, running: torch.nn.Module, fresh: torch.nn.Module, config: VllmConfig
+    ) -> None:
+        self._config = config
+        self._root = running
+        self.shapes = {n: p.detach().to("meta") for n, p in fresh.named_parameters()}
         self._names = {id(p): n for n, p in fresh.named_parameters()}
-        self._in_place: dict[str, torch.Tensor] = {}
-        self._refills: list[_Refill] = []
-        self._derive: list[torch.nn.Module] = []
+        self._in_place: dict[str, _Parameter] = {}
+        self._refills: list[_Parameter] = []
+        self._resets: dict[torch.nn.Module, list[Derived]] = {}
         modules = dict(running.named_modules())
-        refused: list[str] = []
+        self._derivers = _derivers(running)
+        refused = _unknown_derivers(running)
+        parameters = frozenset(p.untyped_storage().data_ptr() for p in running.parameters())
         for prefix, before in fresh.named_modules():
             now = modules.pop(prefix, None)
             if now is None or type(now) is not type(before):
                 refused.append(f"module {prefix!r} (was {type(before).__name__})")
                 continue
-            refused += self._hooks(prefix, now)
-            refused += [f"{prefix}.{name}" for name in _new_state(before, now)]
+            refused += self._take_stock(prefix, before, now, parameters)
             refused += self._parameters(prefix, before, now)
         refused += [f"module {prefix!r}" for prefix in modules]
         refused += _shared(self._in_place)
-        self._same = _same_derivations(self._derive)
+        self._same = _same_derivations(running)
+        self.derived = sorted(each.name for resets in self._resets.values() for each in resets)
         if refused:
             raise LayoutError(
                 f"vLLM derived state from weights that kimisys cannot derive again: {refused[:8]}; "
@@ -96,17 +100,17 @@ class Packer:
                 "or extend kimisys/adapters/vllm/pack.py"
             )
 
-    def _hooks(self, prefix: str, module: torch.nn.Module) -> list[str]:
-        """Notes what vLLM does to a module after loading; returns what is not known."""
-        method = getattr(module, "quant_method", None)
-        if isinstance(method, QuantizeMethodBase):
-            if type(method) not in _DERIVED:
-                return [f"{prefix!r} (derived by {type(method).__name__})"]
-            self._derive.append(module)
-        hook = getattr(module, "process_weights_after_loading", None)
-        if hook is None or _derives_nothing(module, hook):
-            return []
-        return [f"{prefix!r} (derived by {type(module).__name__})"]
+    def _take_stock(
+        self, prefix: str, before: torch.nn.Module, now: torch.nn.Module, parameters: frozenset[int]
+    ) -> list[str]:
+        """Notes what a module derived; returns what cannot be explained."""
+        inventory = Inventory(parameters)
+        inventory.compare(before, now, prefix)
+        deriver = self._derivers.get(now)
+        if deriver is None:
+            return inventory.unexplained + [each.name for each in inventory.derived]
+        self._resets.setdefault(deriver, []).extend(inventory.derived)
+        return inventory.unexplained
 
     def _parameters(self, prefix: str, before: torch.nn.Module, now: torch.nn.Module) -> list[str]:
         """Notes how to write a module's own parameters; returns those that it cannot write."""
@@ -114,15 +118,18 @@ class Packer:
         for attribute, parameter in before.named_parameters(recurse=False):
             name = self._names[id(parameter)]
             current = now._parameters.get(attribute)
-            packed = current is not None and current.numel() == 0 and parameter.numel() > 0
-            known = type(getattr(now, "quant_method", None)) in _DERIVED
+            if current is None:
+                refused.append(f"parameter '{prefix}.{attribute}'")
+                continue
+            place = _Parameter(now, attribute, name, tuple(current.shape))
+            known = now in self._derivers
             widened = known and attribute == "bias" and _widened(parameter, current)
-            if current is not None and (widened or _same_place(parameter, current)):
-                other = self._in_place.setdefault(name, current.detach())
-                if other.data_ptr() != current.data_ptr():
+            if widened or _same_place(parameter, current):
+                other = self._in_place.setdefault(name, place)
+                if other.current.data_ptr() != current.data_ptr():
                     refused.append(f"parameter '{prefix}.{attribute}' (was tied to {name!r})")
-            elif packed and known:
-                self._refills.append(_Refill(now, attribute, name))
+            elif known:
+                self._refills.append(place)
             else:
                 refused.append(f"parameter '{prefix}.{attribute}'")
         return refused
@@ -134,58 +141,139 @@ class Packer:
         weights: by name, each of the shape and dtype in ``shapes``; read, not kept.
         Whatever this raises, the model is then a mixture: it must not be served from again.
         """
-        for name, parameter in self._in_place.items():
-            parameter.copy_(weights[name])
-        for refill in self._refills:
-            full = torch.nn.Parameter(weights[refill.name], requires_grad=False)
-            setattr(refill.module, refill.attribute, full)
-        for module in self._derive:
-            method: Any = module.quant_method
-            twin = self._same.get(module)
-            if twin is None:
-                method.process_weights_after_loading(module)
-                continue
-            for name in _DERIVED[type(method)]:
-                setattr(module, name, getattr(twin, name))
-        for refill in self._refills:
-            if getattr(refill.module, refill.attribute).numel():
-                # An unpacked fallback would go on reading the shadow while the next pull fills it.
+        for name, place in self._in_place.items():
+            place.current.copy_(weights[name])
+        for place in self._refills:
+            full = torch.nn.Parameter(weights[place.name], requires_grad=False)
+            setattr(place.module, place.attribute, full)
+        with set_current_vllm_config(self._config):
+            for module in _methods(self._root):
+                self._derive(module)
+            for module in _attention(self._root):
+                self._reset(module)
+                module.process_weights_after_loading(self._config.model_config.dtype)
+            self._root_hook()
+        self._check_derived(weights)
+
+    def _derive(self, module: torch.nn.Module) -> None:
+        twin = self._same.get(module)
+        resets = self._reset(module)
+        if twin is None:
+            cast(Any, module).quant_method.process_weights_after_loading(module)
+            return
+        for each in resets:
+            setattr(module, each.attribute, getattr(twin, each.attribute))
+
+    def _reset(self, module: torch.nn.Module) -> Sequence[Derived]:
+        resets = self._resets.get(module, [])
+        for each in resets:
+            if each.present:
+                each.reset()
+        return resets
+
+    def _root_hook(self) -> None:
+        hook = getattr(self._root, "process_weights_after_loading", None)
+        if hook is not None:
+            hook()
+
+    def _check_derived(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raises LayoutError unless the model has the state again that it had before."""
+        missing = [e.name for each in self._resets.values() for e in each if not e.present]
+        if missing:
+            raise LayoutError(
+                f"vLLM did not derive {missing[:8]} again, which it did when the engine started; "
+                "restart the engine"
+            )
+        shadow = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+        for place in self._refills:
+            current = place.current
+            # An unpacked fallback would go on reading the shadow while the next pull fills it.
+            kept = current.numel() > 0 and current.untyped_storage().data_ptr() in shadow
+            if kept or tuple(current.shape) != place.shape:
                 raise LayoutError(
-                    f"{refill.name!r} was packed when the engine started and is not any more; vLLM "
+                    f"{place.name!r} was packed when the engine started and is not any more; vLLM "
                     "fell back to an unpacked kernel. Restart the engine"
                 )
+
+
+def _methods(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that a method of their own processes after loading, in vLLM's order."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
+    ]
+
+
+def _attention(model: torch.nn.Module) -> list[Any]:
+    """Attention layers with a hook of their own, which vLLM calls after all methods."""
+    return [module for module in model.modules() if is_deferred_attention_layer(module)]
+
+
+def _derivers(model: torch.nn.Module) -> dict[torch.nn.Module, torch.nn.Module]:
+    """Modules that may hold what was derived, and those whose hook derives it: mostly themselves.
+
+    A method that is a module holds its state for the layer that it belongs to.
+    """
+    found: dict[torch.nn.Module, torch.nn.Module] = {}
+    for module in [*_methods(model), *_attention(model)]:
+        found[module] = module
+        method: Any = getattr(module, "quant_method", None)
+        if isinstance(method, torch.nn.Module):
+            found[method] = module
+    return found
+
+
+def _unknown_derivers(model: torch.nn.Module) -> list[str]:
+    """Modules, by name, whose hooks are not known to derive the same again."""
+    attention = set(_attention(model))
+    refused = []
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase) and type(method) not in _REPEATABLE:
+            refused.append(f"{prefix!r} (derived by {type(method).__name__})")
+        kernel = type(getattr(module, "impl", None))
+        if module in attention and not _known_kernel(kernel):
+            refused.append(f"{prefix!r} (derived by {kernel.__name__})")
+    hook = getattr(model, "process_weights_after_loading", None)
+    if hook is not None and not type(model).__module__.startswith(_PACKAGE):
+        refused.append(f"'' (derived by {type(model).__name__})")
+    return refused
+
+
+def _known_kernel(kernel: type) -> bool:
+    own = hasattr(kernel, "process_weights_after_loading")
+    return not own or kernel.__module__.startswith(_PACKAGE)
 
 
 def _same_place(before: torch.Tensor, now: torch.Tensor) -> bool:
     return now.shape == before.shape and now.dtype == before.dtype and now.is_contiguous()
 
 
-def _widened(before: torch.Tensor, now: torch.Tensor | None) -> bool:
+def _widened(before: torch.Tensor, now: torch.Tensor) -> bool:
     """Whether the same numbers are now in float32, as its AMX kernels want biases: copying into
     such a place gives what deriving it anew would, to the bit."""
     narrow = before.dtype in (torch.bfloat16, torch.float16)
-    return narrow and now is not None and _same_place(before.float(), now)
+    return narrow and _same_place(before.float(), now)
 
 
-def _shared(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def _shared(places: Mapping[str, _Parameter]) -> list[str]:
     """Parameters that came to share memory with another: of two writes, one would be lost."""
     owners: dict[int, str] = {}
     return [
         f"parameter {name!r} (now tied to {owner!r})"
-        for name, tensor in tensors.items()
-        if (owner := owners.setdefault(tensor.data_ptr(), name)) != name
+        for name, place in places.items()
+        if (owner := owners.setdefault(place.current.data_ptr(), name)) != name
     ]
 
 
-def _same_derivations(
-    modules: Sequence[torch.nn.Module],
-) -> dict[torch.nn.Module, torch.nn.Module]:
+def _same_derivations(model: torch.nn.Module) -> dict[torch.nn.Module, torch.nn.Module]:
     """Modules that would derive what an earlier one derives, by the same method from the very same
     parameters, and the earlier one. vLLM packs a tied embedding, which never multiplies, beside the
     output head: a quarter of the time that packing a Qwen3-0.6B took, a fifth of the memory."""
     first: dict[tuple[Any, ...], torch.nn.Module] = {}
     same = {}
-    for module in modules:
+    for module in _methods(model):
         own = dict(module.named_parameters(recurse=False))
         if not own or any(not parameter.numel() for parameter in own.values()):
             continue  # which weights it was packed from cannot be seen any more
@@ -193,41 +281,3 @@ def _same_derivations(
         if first.setdefault(key, module) is not module:
             same[module] = first[key]
     return same
-
-
-def _derives_nothing(module: torch.nn.Module, hook: Callable[..., None]) -> bool:
-    """Whether what vLLM does to a module after loading leaves its weights alone.
-
-    Plain attention sets its scales to one (a quantized one has a quant_method, which was refused)
-    and leaves the rest to its kernel; the CPU's, as most, inherits a hook that does nothing.
-    """
-    kernel = getattr(type(getattr(module, "impl", None)), "process_weights_after_loading", None)
-    plain = getattr(hook, "__func__", hook) is Attention.process_weights_after_loading
-    return plain and kernel is AttentionImplBase.process_weights_after_loading
-
-
-def _new_state(before: torch.nn.Module, now: torch.nn.Module) -> list[str]:
-    """What one module holds beside its parameters and may have from weights: attributes and
-    buffers that were not there before loading, or hold tensors; less those that are known."""
-    method = getattr(now, "quant_method", None)
-    known = _DERIVED.get(type(method), frozenset()) if method is not None else frozenset()
-    constant = frozenset(n for kind, ns in _CONSTANTS.items() if isinstance(now, kind) for n in ns)
-    old, new = vars(before) | before._buffers, vars(now) | now._buffers
-    found = [name for name in new.keys() - old.keys() if name not in known]
-    found += [name for name in now._parameters.keys() - before._parameters.keys()]
-    for name in old.keys() & new.keys() - _TORCHS_OWN:
-        if name in constant:
-            stays = isinstance(old[name], torch.Tensor) and isinstance(new[name], torch.Tensor)
-            refused = not stays or (name != "kv_cache" and not _same_place(old[name], new[name]))
-        else:
-            refused = _holds_tensor(new[name])
-        found += [name] if refused else []
-    return sorted(found)
-
-
-def _holds_tensor(value: object) -> bool:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple | set):
-        return any(_holds_tensor(each) for each in value)
-    return isinstance(value, torch.Tensor)

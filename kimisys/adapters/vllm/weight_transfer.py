@@ -120,7 +120,8 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._group = get_tp_group()
         self._size, self._rank = self._group.world_size, self._group.rank_in_group
         self._fresh = build_model(vllm_config, EngineParallel(self._size), self._rank)
-        self._packer = Packer(model, self._fresh.module)
+        constants = build_model(vllm_config, EngineParallel(self._size), self._rank, "cpu")
+        self._packer = Packer(model, constants.module, vllm_config)
         self._shadow = {
             name: torch.empty_like(meta, device=device)
             for name, meta in self._packer.shapes.items()

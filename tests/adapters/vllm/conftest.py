@@ -34,6 +34,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2-untied": write_config(base / "qwen2-untied", False, "qwen2"),
         "llama-tied": write_config(base / "llama-tied", True, "llama", rope_parameters=LLAMA3_ROPE),
         "llama-untied": write_config(base / "llama-untied", False, "llama"),
+        **{
+            family: write_config(base / family, False, family)
+            for family in ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "qwen2_5_vl")
+        },
     }
 
 

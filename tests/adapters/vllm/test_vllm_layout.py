@@ -140,6 +140,6 @@ def test_impossible_ranks_and_sizes_are_refused(configs: dict[str, VllmConfig]) 
     with pytest.raises(LayoutError, match=r"rank 2 of tp=2.* 0 to 1"):
         build_model(configs["tied"], EngineParallel(2), 2)
     with pytest.raises(
-        LayoutError, match="tp=8 does not divide the 4 attention heads; .* tp=1, 2, 4"
+        LayoutError, match=r"tp=8 does not divide the 4 attention heads; .* tp=1, 2, 4"
     ):
         build_model(configs["tied"], EngineParallel(8), 0)

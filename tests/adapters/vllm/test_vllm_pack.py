@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 import torch
 import vllm.model_executor.layers.utils as kernels
-from tiny_checkpoints import random_model, weights
+from tiny_checkpoints import checkpoint
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -26,37 +27,44 @@ def loaded(
 ) -> RankModel:
     """As an engine's worker has it: loaded, and processed by vLLM."""
     model = unprocessed(folder, seed, size, rank, dtype)
-    process_weights_after_loading(
-        model.module, model.config.model_config, torch.device("cpu")
-    )  # fmt: skip
+    process(model)
     return model
+
+
+def process(model: RankModel) -> None:
+    """What vLLM does after loading; experts ask for the configuration and for groups."""
+    with model.as_rank(), set_current_vllm_config(model.config):
+        process_weights_after_loading(model.module, model.config.model_config, torch.device("cpu"))
 
 
 def unprocessed(
     folder: Path, seed: int, size: int = 1, rank: int = 0, dtype: Dtype = "float32"
 ) -> RankModel:
     model = build_model(offline_config(folder, dtype), EngineParallel(size), rank, device="cpu")
-    model.load(weights(random_model(folder, seed)))
+    model.load(checkpoint(folder, seed))
     return model
 
 
 def fresh(model: RankModel) -> torch.nn.Module:
-    return build_model(model.config, model.parallel, model.rank).module
+    return build_model(model.config, model.parallel, model.rank, device="cpu").module
+
+
+def packer_of(model: RankModel, expected: torch.nn.Module | None = None) -> Packer:
+    return Packer(model.module, fresh(model) if expected is None else expected, model.config)
 
 
 def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What each layer computes from its weights: [3, out], or the weights themselves.
-    Biases are both: they are never packed."""
+    """What each layer computes from its weights, [3, out]; and every parameter that is kept: packed
+    experts, what MLA absorbed, biases, norms."""
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        found |= {f"{name}.{n}": p.detach().clone() for n, p in own.items() if p.numel()}
         if hasattr(module, "cpu_linear"):
-            inputs = getattr(module, "input_size_per_partition", 64)
+            sizes = ("input_size_per_partition", "input_size", "embedding_dim")
+            inputs: Any = next(getattr(module, size) for size in sizes if hasattr(module, size))
             x = torch.linspace(-1, 1, 3 * inputs, dtype=module.weight.dtype).reshape(3, inputs)  # type: ignore[arg-type]
-            bias = getattr(module, "bias", None)
-            found[name] = module.quant_method.apply(module, x, bias)  # type: ignore[union-attr,operator]
-            found |= {} if bias is None else {f"{name}.bias": bias.detach().clone()}
-        elif not list(module.children()):
-            found |= {f"{name}.{n}": p.detach().clone() for n, p in module.named_parameters()}
+            found[name] = module.quant_method.apply(module, x, own.get("bias"))  # type: ignore[union-attr,operator]
     return found
 
 
@@ -70,6 +78,15 @@ def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         ("qwen2-untied", 2, 0),
         ("llama-tied", 1, 0),
         ("llama-untied", 2, 0),
+        ("mixtral", 1, 0),
+        ("mixtral", 2, 0),
+        ("qwen3_moe", 1, 0),
+        ("qwen3_moe", 2, 0),
+        ("deepseek_v3", 1, 0),
+        ("deepseek_v3", 2, 0),
+        ("glm4_moe", 2, 0),
+        ("qwen2_5_vl", 1, 0),
+        ("qwen2_5_vl", 2, 0),
     ],
 )
 def test_a_packed_model_computes_as_if_loaded_anew(
@@ -78,14 +95,15 @@ def test_a_packed_model_computes_as_if_loaded_anew(
     running = loaded(folders[model], 1, size, rank)
     before = outputs(running.module)
     new = dict(unprocessed(folders[model], 2, size, rank).module.named_parameters())
-    packer = Packer(running.module, fresh(running))
+    packer = packer_of(running)
     assert packer.shapes.keys() == new.keys()
     packer.pack({name: parameter.detach().clone() for name, parameter in new.items()})
 
     expected = outputs(loaded(folders[model], 2, size, rank).module)
     after = outputs(running.module)
-    assert after.keys() == expected.keys() and "lm_head" in after
-    assert ("model.layers.1.self_attn.qkv_proj.bias" in after) == model.startswith("qwen2")
+    assert after.keys() == expected.keys() and any("lm_head" in name for name in after)
+    biased = any(name.endswith("layers.1.self_attn.qkv_proj.bias") for name in after)
+    assert biased == model.startswith(("qwen2", "glm4"))
     for name, value in expected.items():
         assert torch.equal(after[name], value), name
         assert not torch.equal(before[name], value), f"{name} does not depend on the weights"
@@ -97,7 +115,7 @@ def test_what_two_modules_derive_from_one_parameter_is_derived_once(
 ) -> None:
     running = loaded(folders["tied" if tied else "untied"], 1)
     module: Any = running.module
-    packer = Packer(module, fresh(running))
+    packer = packer_of(running)
     packed: list[torch.nn.Module] = []
     derive = UnquantizedEmbeddingMethod.process_weights_after_loading
 
@@ -122,7 +140,7 @@ def test_a_bias_that_vllm_widens_is_written_too(
     folder, name = folders["qwen2-untied"], "model.layers.1.self_attn.qkv_proj.bias"
     running = loaded(folder, 1, dtype="bfloat16")
     bias = dict(running.module.named_parameters())[name]
-    packer = Packer(running.module, fresh(running))
+    packer = packer_of(running)
     assert (bias.dtype, packer.shapes[name].dtype) == (torch.float32, torch.bfloat16)
 
     new = unprocessed(folder, 2, dtype="bfloat16").module
@@ -136,7 +154,7 @@ def test_the_shadow_is_not_kept(folders: dict[str, Path]) -> None:
     """The next pull overwrites the shadow: what is being served must not be a view of it."""
     running = loaded(folders["tied"], 1)
     shadow = {n: p.detach() for n, p in unprocessed(folders["tied"], 2).module.named_parameters()}
-    Packer(running.module, fresh(running)).pack(shadow)
+    packer_of(running).pack(shadow)
     before = outputs(running.module)
     for tensor in shadow.values():
         tensor.fill_(float("nan"))
@@ -159,52 +177,65 @@ def test_embeddings_tied_or_untied_while_loading_are_refused(folders: dict[str, 
     """vLLM does both, by what it finds in a checkpoint; dummy weights, all alike, it ties."""
     tied, untied = (loaded(folders[name], 1) for name in ("tied", "untied"))
     with pytest.raises(LayoutError, match=r"'lm_head\.weight' \(was tied to"):
-        Packer(untied.module, fresh(tied))
+        packer_of(untied, fresh(tied))
     untied.module.lm_head.weight = untied.module.model.embed_tokens.weight  # type: ignore[union-attr]
     with pytest.raises(LayoutError, match=r"'lm_head\.weight' \(now tied to"):
-        Packer(untied.module, fresh(untied))
+        packer_of(untied)
 
 
 class Derives(torch.nn.Module):
     """Doubles its weight after loading, into a place that its constructor made."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, weight: float = 0.0) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.weight = torch.nn.Parameter(torch.full((3,), weight), requires_grad=False)
+        doubled = self.weight.detach() * 2
         if kind == "buffer":
-            self.register_buffer("doubled", torch.zeros(3))
+            self.register_buffer("doubled", doubled)
         elif kind == "attribute":
-            self.doubled = torch.zeros(3)
+            self.doubled = doubled
         elif kind == "list":
-            self.doubled = [torch.zeros(3)]
+            self.doubled = [doubled]
         elif kind == "dictionary":
-            self.doubled = {"w": (torch.zeros(3),)}
+            self.doubled = {"w": (doubled,)}
 
 
 class DerivesByHook(Derives):
     """As vLLM's MLA does, and says so."""
 
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+    def process_weights_after_loading(self) -> None:
         raise NotImplementedError
 
 
+@pytest.fixture(scope="module")
+def config(folders: dict[str, Path]) -> VllmConfig:
+    return offline_config(folders["tied"], "float32")
+
+
 @pytest.mark.parametrize("kind", ["buffer", "attribute", "list", "dictionary"])
-def test_derived_state_of_unchanged_shape_is_refused_by_name(kind: str) -> None:
-    """Nothing shows that it depends on weights; so what is not known to be constant is refused."""
-    with torch.device("meta"):
+def test_derived_state_of_unchanged_shape_is_refused_by_name(kind: str, config: VllmConfig) -> None:
+    """Without a hook that would derive it again, what has not the constructor's bits is refused."""
+
+    def pack(weight: float, expected: torch.nn.Module) -> Packer:
+        return Packer(torch.nn.Sequential(Derives(kind, weight)), expected, config)
+
+    assert pack(0.0, torch.nn.Sequential(Derives(kind))).derived == []
+    with pytest.raises(LayoutError, match=r"\[.0\.doubled"):
+        pack(0.5, torch.nn.Sequential(Derives(kind)))
+    with torch.device("meta"):  # where constants have no bits, nothing shows that they are
         expected = torch.nn.Sequential(Derives(kind))
-    with pytest.raises(LayoutError, match=r"\['0\.doubled'\]"):
-        Packer(torch.nn.Sequential(Derives(kind)), expected)
+    with pytest.raises(LayoutError, match=r"\[.0\.doubled"):
+        pack(0.0, expected)
 
 
-def test_a_hook_of_a_module_s_own_is_refused_by_name() -> None:
-    assert Packer(Derives("nothing"), Derives("nothing")).shapes.keys() == {"weight"}
+def test_a_hook_of_a_module_s_own_is_refused_by_name(config: VllmConfig) -> None:
+    assert Packer(Derives("nothing"), Derives("nothing"), config).shapes.keys() == {"weight"}
     with pytest.raises(LayoutError, match=r"\"'' \(derived by DerivesByHook\)\""):
-        Packer(DerivesByHook("nothing"), DerivesByHook("nothing"))
+        Packer(DerivesByHook("nothing"), DerivesByHook("nothing"), config)
     running = Derives("nothing")
     running.process_weights_after_loading = print  # type: ignore[assignment]
     with pytest.raises(LayoutError, match="derived by Derives"):
-        Packer(running, Derives("nothing"))
+        Packer(running, Derives("nothing"), config)
 
 
 def test_rotary_angles_of_another_length_are_refused(folders: dict[str, Path]) -> None:
@@ -215,7 +246,7 @@ def test_rotary_angles_of_another_length_are_refused(folders: dict[str, Path]) -
     with pytest.raises(
         LayoutError, match=r"model\.layers\.0\.self_attn\.rotary_emb\.cos_sin_cache"
     ):
-        Packer(running.module, expected)
+        packer_of(running, expected)
 
 
 def test_what_cannot_be_derived_again_is_refused_by_name(folders: dict[str, Path]) -> None:
@@ -225,7 +256,7 @@ def test_what_cannot_be_derived_again_is_refused_by_name(folders: dict[str, Path
         layer: Any = running.module.get_submodule("model.layers.1")
         change(layer)
         with pytest.raises(LayoutError, match=match):
-            Packer(running.module, expected)
+            packer_of(running, expected)
 
     def kernel(layer: Any) -> None:
         layer.self_attn.attn.impl = Absorbing()
@@ -249,7 +280,7 @@ def test_what_cannot_be_derived_again_is_refused_by_name(folders: dict[str, Path
     def replaced(layer: Any) -> None:
         layer.mlp.act_fn = torch.nn.Identity()
 
-    refused(kernel, r"'model\.layers\.1\.self_attn\.attn' \(derived by Attention\)")
+    refused(kernel, r"'model\.layers\.1\.self_attn\.attn' \(derived by Absorbing\)")
     refused(filled, r"model\.layers\.1\.mlp\.down_proj\.quant_config")
     refused(transposed_kernel, r"model\.layers\.1\.self_attn\.W_UV")
     refused(other_method, r"'model\.layers\.1\.mlp\.down_proj' \(derived by Unknown\)")

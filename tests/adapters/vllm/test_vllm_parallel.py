@@ -55,7 +55,7 @@ def test_illegal_texts_are_refused_with_what_is_legal(text: str, says: str) -> N
 
 def test_illegal_sizes_and_ranks_are_refused() -> None:
     for illegal in (0, -1, True, 1.0):
-        with pytest.raises(LayoutError, match="pp=.* is not a size"):
+        with pytest.raises(LayoutError, match=r"pp=.* is not a size"):
             EngineParallel(pipeline=illegal)  # type: ignore[arg-type]
     with pytest.raises(LayoutError, match="neither on nor off"):
         EngineParallel(expert=1)  # type: ignore[arg-type]

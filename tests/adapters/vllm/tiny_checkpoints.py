@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -112,15 +113,17 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def checkpoint(folder: Path, seed: int) -> dict[str, torch.Tensor]:
-    """A random model as its checkpoint holds it: transformers stacks experts in memory, not there.
+def write_checkpoint(folder: Path, seed: int, into: Path) -> dict[str, torch.Tensor]:
+    """Saves a random model, with the folder's config.json; returns the checkpoint's tensors."""
+    random_model(folder, seed).save_pretrained(into)
+    (into / "config.json").write_text((folder / "config.json").read_text())
+    return load_file(into / "model.safetensors")
 
-    The checkpoint stays in the folder, beside its config.json.
-    """
-    config = (folder / "config.json").read_text()
-    random_model(folder, seed).save_pretrained(folder)
-    (folder / "config.json").write_text(config)
-    return load_file(folder / "model.safetensors")
+
+def checkpoint(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """A random model as its checkpoint holds it, where experts are not stacked."""
+    with TemporaryDirectory() as into:
+        return write_checkpoint(folder, seed, Path(into))
 
 
 def tensor_table(tensors: Mapping[str, torch.Tensor]) -> list[Tensor]:
