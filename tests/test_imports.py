@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent / "kimisys"
 ALLOWED = {
     "kimisys": set(),
     "kimisys.errors": {"kimisys._core"},
-    "kimisys.reshard": {"numpy", "torch", "kimisys._core", "kimisys.errors"},
+    "kimisys.reshard": {"numpy", "scipy", "torch", "kimisys._core", "kimisys.errors"},
     "kimisys.broadcast": {"numpy", "kimisys._core", "kimisys.errors", "kimisys.reshard"},
     "kimisys.rl": {"torch", "kimisys.errors"},
     "kimisys.rewards": {"kimisys.errors"},

@@ -178,6 +178,10 @@ class Planned {
     return {best.pair, end, best.partner};
   }
 
+  bool startable(std::uint32_t pair) const {
+    return free_[pairs_[pair].ends[0]] != kBusy && free_[pairs_[pair].ends[1]] != kBusy;
+  }
+
   // Every pair that can start now has a touched end: one that came free or got something to do.
   void match(double now) {
     std::vector<Candidate> candidates;
@@ -187,15 +191,14 @@ class Planned {
     }
     while (true) {
       std::size_t best = 0;
-      for (std::size_t i = 1; i < candidates.size(); ++i) {
+      for (std::size_t i = 0; i < candidates.size(); ++i) {
+        // A partner that has started meanwhile is none any more.
+        if (candidates[i].pair != kNoHop && !startable(candidates[i].pair)) {
+          candidates[i] = best_of(touched_[i]);
+        }
         if (candidates[i].pair != kNoHop && better(candidates[i], candidates[best])) best = i;
       }
       if (candidates.empty() || candidates[best].pair == kNoHop) break;
-      const Pair& pair = pairs_[candidates[best].pair];
-      if (free_[pair.ends[0]] == kBusy || free_[pair.ends[1]] == kBusy) {
-        candidates[best] = best_of(touched_[best]);
-        continue;
-      }
       start(candidates[best].pair, now);
       candidates[best] = {};
     }

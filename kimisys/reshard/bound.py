@@ -58,7 +58,7 @@ class _Program(NamedTuple):
     values: Floats
     needed: Floats
     capacity: npt.NDArray[np.bool_]
-    count: int  # of columns, without T
+    width: int  # columns, without T
 
 
 def bound(route: Route) -> Bound:
@@ -76,7 +76,7 @@ def bound(route: Route) -> Bound:
     return Bound(
         seconds=solved / route.nic_bandwidth,
         simple_seconds=_simple_bytes(flows, len(route.nics()["nic"])) / route.nic_bandwidth,
-        variables=(program.count, merged.count),
+        variables=(program.width, merged.width),
     )
 
 
@@ -139,7 +139,7 @@ def _simple_bytes(flows: Iterable[_Flow], nics: int) -> float:
 def _program(flows: list[_Flow], nics: int) -> _Program:
     """Rows 0..nics-1: what each NIC sends; then what each receives; then the flows' needs. Columns:
     bytes that a NIC sends, or takes in, for a flow. What leaves no choice is a constant."""
-    cells: list[tuple[int, int, float]] = []
+    cells: list[tuple[int, int]] = []
     needed = [0.0] * (2 * nics)
     column = 0
     for flow in flows:
@@ -149,22 +149,22 @@ def _program(flows: list[_Flow], nics: int) -> _Program:
             first_row, every_row = len(needed), len(needed) + 1
             needed += [flow.bytes, flow.bytes * len(flow.entries)]
             for nic in flow.starts:
-                cells += [(nic, column, 1.0), (first_row, column, 1.0), (every_row, column, 1.0)]
+                cells += [(nic, column), (first_row, column), (every_row, column)]
                 column += 1
             for nic in flow.relays:
-                cells += [(nic, column, 1.0), (every_row, column, 1.0)]
+                cells += [(nic, column), (every_row, column)]
                 column += 1
         for entry in flow.entries:
             if len(entry) == 1:
                 needed[nics + entry[0]] -= flow.bytes
                 continue
             for nic in entry:
-                cells += [(nics + nic, column, 1.0), (len(needed), column, 1.0)]
+                cells += [(nics + nic, column), (len(needed), column)]
                 column += 1
             needed.append(flow.bytes)
-    rows, columns, values = (np.array(c) for c in zip(*cells, strict=True)) if cells else (
-        np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-    )  # fmt: skip
+    rows = np.array([cell[0] for cell in cells], dtype=np.int64)
+    columns = np.array([cell[1] for cell in cells], dtype=np.int64)
+    values = np.ones(len(cells))
     capacity = np.arange(len(needed)) < 2 * nics
     return _Program(rows, columns, values, np.array(needed), capacity, column)
 
@@ -177,7 +177,7 @@ def _merge_alike(program: _Program) -> _Program:
     _, row_class = np.unique(
         np.stack([program.needed, program.capacity]), axis=1, return_inverse=True
     )
-    column_class = np.zeros(program.count, dtype=np.int64)
+    column_class = np.zeros(program.width, dtype=np.int64)
     seen = (0, 0)
     while seen != (seen := (len(np.unique(row_class)), len(np.unique(column_class)))):
         column_class = _refine(column_class, program.columns, row_class[program.rows])
@@ -187,7 +187,7 @@ def _merge_alike(program: _Program) -> _Program:
     kept = np.isin(program.rows, leader)
     cells = np.stack([row_class[program.rows[kept]], column_class[program.columns[kept]]])
     pairs, which = np.unique(cells, axis=1, return_inverse=True)
-    values = np.bincount(which, weights=program.values[kept], minlength=pairs.shape[1])
+    values = np.bincount(which, weights=program.values[kept]).astype(np.float64)
     return _Program(
         pairs[0], pairs[1], values, program.needed[leader], program.capacity[leader], seen[1]
     )
@@ -219,11 +219,11 @@ def _solve(program: _Program) -> float:
     sign = np.where(program.capacity, 1.0, -1.0)
     limits = np.flatnonzero(program.capacity)
     rows = np.concatenate([program.rows, limits])
-    columns = np.concatenate([program.columns, np.full(limits.size, program.count)])
+    columns = np.concatenate([program.columns, np.full(limits.size, program.width)])
     values = np.concatenate([program.values * sign[program.rows], np.full(limits.size, -1.0)])
-    shape = (program.needed.size, program.count + 1)
+    shape = (program.needed.size, program.width + 1)
     limit = np.where(program.capacity, program.needed, -program.needed) / scale
-    cost = np.zeros(program.count + 1)
+    cost = np.zeros(program.width + 1)
     cost[-1] = 1.0
     solution = linprog(
         cost, A_ub=coo_array((values, (rows, columns)), shape=shape).tocsr(), b_ub=limit,
@@ -231,8 +231,8 @@ def _solve(program: _Program) -> float:
     )  # fmt: skip
     if solution.status != 0:
         raise PlanError(
-            f"the linear programme of the bound, {program.count} variables over demands of "
-            f"{scale:.3g} bytes, was not solved: {solution.message}. Look at the sizes of the demands"
+            f"the linear programme of the bound, {program.width} variables over demands of "
+            f"{scale:.3g} bytes, was not solved: {solution.message}. Look at the demands' sizes"
         )
     return float(solution.fun) * scale
 
