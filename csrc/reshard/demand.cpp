@@ -13,6 +13,8 @@ namespace {
 // the same owners and receivers.
 class Cells {
  public:
+  using Cuts = std::vector<std::int64_t>;
+
   explicit Cells(std::size_t dims) : cuts_(dims) {}
 
   void cut(const Region& region) {
@@ -24,7 +26,7 @@ class Cells {
 
   void settle() {
     count_ = 1;
-    for (Dims& cuts : cuts_) {
+    for (Cuts& cuts : cuts_) {
       std::sort(cuts.begin(), cuts.end());
       cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
       count_ *= cuts.size() - 1;
@@ -56,7 +58,7 @@ class Cells {
       visit(cell);
       return;
     }
-    const Dims& cuts = cuts_[d];
+    const Cuts& cuts = cuts_[d];
     const auto from = std::lower_bound(cuts.begin(), cuts.end(), region.offset[d]);
     const std::int64_t end = region.offset[d] + region.extent[d];
     for (auto at = from; *at < end; ++at) {
@@ -65,7 +67,7 @@ class Cells {
     }
   }
 
-  std::vector<Dims> cuts_;
+  std::vector<Cuts> cuts_;
   std::size_t count_ = 0;
 };
 
