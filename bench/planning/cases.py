@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from bench.harness import Case
 from bench.planning import megatron_peer, mooncake_peer
 from bench.planning.experts import ExpertPlacement, Traffic, traffic_of
+from bench.planning.whole import whole
 from kimisys.reshard import plan
 
 MOONCAKE = "mooncake.reshard"  # minutes for each plan of 69,120 copies: one round
@@ -66,7 +69,19 @@ def experts(placement: ExpertPlacement, name: str = "Kimi-K2's experts") -> Iter
     )
 
 
+def whole_model() -> Iterator[Case]:
+    """All of Kimi-K2 from 256 ranks to 128, and at twice and four times as many."""
+    layout = "tp=8,pp=8,ep=32,etp=1,first=7,last=6"
+    with tempfile.TemporaryDirectory() as folder:
+        for i, infer in enumerate(("tp=16,dp=8,ep=on", "tp=16,dp=8,ep=off", "tp=16,replicas=8")):
+            yield whole(Path(folder) / str(i), "kimi-k2", layout, infer)
+        for times in (2, 4):
+            train, infer = f"{layout},world={256 * times}", f"tp=16,dp=8,ep=on,replicas={times}"
+            yield whole(Path(folder) / f"x{times}", "kimi-k2", train, infer, routed=False)
+
+
 def cases() -> Iterator[Case]:
     """What `python -m bench reshard` runs beside the copies."""
     yield from experts(ExpertPlacement())
     yield from experts(ExpertPlacement(stacked=True))
+    yield from whole_model()

@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
-
-from kimisys.reshard.bound import bound
 
 from bench.harness import Case
 from kimisys.adapters.megatron.offline import offline_layout
@@ -20,6 +19,7 @@ from kimisys.adapters.megatron.parallel import Parallel
 from kimisys.adapters.vllm.offline import engine_layout
 from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.reshard import Place, SymbolicLayout, route, symbolic_plan
+from kimisys.reshard.bound import bound
 from kimisys.trainer.plan_config import model_config
 
 RANKS_PER_NODE = 8  # a NIC each
@@ -56,13 +56,8 @@ class World:
         said = self.said[-1]
         return bool(said["whole"] and said["slices_agree"])
 
-    def figures(self) -> dict[str, float]:
-        """Everything beside the time of planning."""
-        made = symbolic_plan(self.source, self.destination)
-        routed, routing = timed(lambda: route(made))
-        direct = route(made, relay=False)
-        least = bound(routed).seconds
-        simulated = routed.simulate().seconds
+    def planning(self) -> dict[str, float]:
+        """What tracing and planning needed beside the time of planning."""
         said = self.said
         return {
             **self.traced,
@@ -70,7 +65,18 @@ class World:
             "peak RSS of the child, MiB": max(one["peak_bytes"] for one in said) / 2**20,
             "copies": float(said[-1]["copies"]),
             "written, GB": said[-1]["bytes"] / 1e9,
-            "route, s": routing,
+        }
+
+    def routing(self) -> dict[str, float]:
+        """`planning`, and what the routed plan takes in the time model."""
+        made = symbolic_plan(self.source, self.destination)
+        routed, seconds = timed(lambda: route(made))
+        direct = route(made, relay=False)
+        least = bound(routed).seconds
+        simulated = routed.simulate().seconds
+        return {
+            **self.planning(),
+            "route, s": seconds,
             "simulated sync, s": simulated,
             "lower bound, s": least,
             "simulated / bound": simulated / least,
@@ -102,6 +108,12 @@ def world(folder: Path, model: str, train: str, infer: str) -> World:
     return World(folder, source, destination, traced)
 
 
+@cache
+def megatron_side(model: str, train: str) -> tuple[SymbolicLayout, float]:
+    """Its layout, and the seconds that tracing took."""
+    return timed(lambda: offline_layout(model_config(model)[1], Parallel.parse(train)))
+
+
 def places(ranks: int, first_node: int) -> list[Place]:
     """Ranks on nodes, a device and a NIC each."""
     return [
@@ -110,8 +122,8 @@ def places(ranks: int, first_node: int) -> list[Place]:
     ]
 
 
-def whole(folder: Path, model: str, train: str, infer: str) -> Case:
-    """Plan and proof of a whole model. There is no peer that could plan it."""
+def whole(folder: Path, model: str, train: str, infer: str, routed: bool = True) -> Case:
+    """Plan and proof of a whole model. There is no peer that could plan it. routed: also simulate."""
     here = world(folder, model, train, infer)
     return Case(
         f"{model}, {train} ({len(here.source.ranks)} ranks) → {infer} "
@@ -120,5 +132,5 @@ def whole(folder: Path, model: str, train: str, infer: str) -> Case:
         {},
         here.right,
         clock=lambda: here.seconds,
-        figures=here.figures,
+        figures=here.routing if routed else here.planning,
     )

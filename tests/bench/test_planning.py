@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from tiny_models import tiny_config
 
 from bench.harness import measure
 from bench.planning import megatron_peer, mooncake_peer
 from bench.planning.cases import experts
 from bench.planning.experts import ExpertPlacement, traffic_of
+from bench.planning.whole import whole
 from kimisys.reshard import plan
 
 SMALL = ExpertPlacement(
@@ -56,3 +60,16 @@ def test_a_peer_that_plans_other_transfers_is_seen(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(mooncake_peer, "traffic_of", lambda plan, ranks: Counter())
     for case in experts(SMALL):
         assert not measure("reshard", case, repeats=2).correct, case.name
+
+
+def test_a_whole_model_is_planned_in_a_child_and_checked(tmp_path: Path) -> None:
+    model = tmp_path / "tiny" / "config.json"
+    model.parent.mkdir()
+    model.write_text(json.dumps(tiny_config("qwen3_moe")))
+    case = whole(tmp_path / "files", str(model), "tp=1,ep=2,etp=1", "tp=2,ep=on,replicas=2")
+    record = measure("reshard", case, repeats=2)
+    assert record.correct and record.value is not None and record.value > 0
+    assert record.figures is not None
+    assert 10 < record.figures["peak RSS of the child, MiB"] < 500
+    assert record.figures["simulated / bound"] >= 1
+    assert record.figures["copies"] > 0

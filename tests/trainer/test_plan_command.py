@@ -75,8 +75,8 @@ def test_the_json_holds_what_a_count_of_all_fragments_gives(model: Path) -> None
             possible[held.rank, want.rank] += overlap(held, want) * sizes[want.tensor]
     received: Counter[int] = Counter()
     for pair in written["pairs"]:
-        assert 0 < pair["bytes"] <= possible[pair["source"], pair["destination"]]
-        received[pair["destination"]] += pair["bytes"]
+        assert 0 < pair["bytes"] <= possible[pair["source_rank"], pair["destination_rank"]]
+        received[pair["destination_rank"]] += pair["bytes"]
     assert received == wanted
     assert written["plan"]["bytes"] == sum(wanted.values())
     assert written["plan"]["copies"] == sum(pair["copies"] for pair in written["pairs"])
