@@ -123,7 +123,7 @@ def places(ranks: int, first_node: int) -> list[Place]:
 
 
 def whole(folder: Path, model: str, train: str, infer: str, routed: bool = True) -> Case:
-    """Plan and proof of a whole model. There is no peer that could plan it. routed: also simulate."""
+    """Plan and proof of a whole model; no peer could plan it. routed: simulate its sync too."""
     here = world(folder, model, train, infer)
     return Case(
         f"{model}, {train} ({len(here.source.ranks)} ranks) → {infer} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from kimisys.trainer.plan_report import PlanReport
 _INK, _FAINT = "#3b4450", "#d5dae0"
 _SENT, _RECEIVED, _BOUND = "#2f6db3", "#e08a2e", "#c8504f"
 _HEAT = LinearSegmentedColormap.from_list("bytes", ["#bcd6ef", "#5e9bd3", "#1f5a9c", "#0b2545"])
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     "axes.edgecolor": _FAINT,
     "font.size": 10,
