@@ -1,7 +1,8 @@
 """Layouts in the shape of Kimi-K2, by hand: for measuring the planner without any framework.
 
-61 layers, the first dense; 384 routed experts of width 2048; hidden size 7168; bfloat16. Besides the
-experts each layer has one attention weight, replicated where tensor parallelism does not cut it.
+61 layers, the first dense; 384 routed experts of width 2048; hidden size 7168; bfloat16. Besides
+the experts each layer has one attention weight, replicated where tensor parallelism does not cut
+it.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def training_experts(rows: Rows, ranks: int, expert: int) -> None:
 
 
 def inference_experts(rows: Rows, ranks: int, expert: int, slices: int) -> None:
-    """Stacked w13 and w2 for EXPERTS / expert experts, each cut into `slices`; the rest replicas."""
+    """Stacked w13 and w2, EXPERTS / expert experts to a rank, each cut into `slices`."""
     each, width = EXPERTS // expert, WIDTH // slices
     for rank in range(ranks):
         part, group = rank % slices, rank // slices % expert

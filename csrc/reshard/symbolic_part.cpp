@@ -19,13 +19,17 @@ void sort_unique(std::vector<T>& list, Key key) {
 std::size_t Part::add(std::size_t block, std::size_t instance, std::size_t fragment) {
   const LayoutBlock& of = side_.blocks()[block];
   const Fragment& it = of.layout->fragments()[fragment];
-  const Tensor& tensor = of.layout->tensors()[of.layout->tensor_of(fragment)];
-  tensors_.push_back(
-      {expand(tensor.name, of.instances[instance].label), tensor.dtype, tensor.shape});
+  add_tensor(block, instance, of.layout->tensor_of(fragment));
   add_buffer(block, instance, of.layout->buffer_of(fragment));
   fragments_.push_back({tensors_.back().name, it.region, buffers_.back().rank, buffers_.back().name,
                         it.byte_offset, it.byte_strides});
   return fragments_.size() - 1;
+}
+
+void Part::add_tensor(std::size_t block, std::size_t instance, std::size_t tensor) {
+  const LayoutBlock& of = side_.blocks()[block];
+  const Tensor& it = of.layout->tensors()[tensor];
+  tensors_.push_back({expand(it.name, of.instances[instance].label), it.dtype, it.shape});
 }
 
 void Part::add_buffer(std::size_t block, std::size_t instance, std::size_t buffer) {

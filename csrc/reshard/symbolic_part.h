@@ -13,13 +13,14 @@
 namespace kimisys::reshard {
 
 // Collects fragments, buffers and paddings of instances, with the tensors and places that they
-// need. Buffers and places may be added twice.
+// need. Tensors, buffers and places may be added twice.
 class Part {
  public:
   explicit Part(const SymbolicLayout& side) : side_(side) {}
 
   // The index that the fragment will have.
   std::size_t add(std::size_t block, std::size_t instance, std::size_t fragment);
+  void add_tensor(std::size_t block, std::size_t instance, std::size_t tensor);
   void add_buffer(std::size_t block, std::size_t instance, std::size_t buffer);
   void add_padding(std::size_t block, std::size_t instance, std::size_t padding);
   // Also for a rank without a place on that side: it is then one of the part's ranks.

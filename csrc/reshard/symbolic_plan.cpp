@@ -22,15 +22,21 @@ void plan_spelled_out(const SymbolicLayout& source, const SymbolicLayout& destin
     from.add(group.sources[it.slot], member.instances[it.slot], it.fragment);
   }
   for (std::size_t slot = 0; slot < group.sources.size(); ++slot) {
-    for (const std::int64_t rank :
-         source.blocks()[group.sources[slot]].instances[member.instances[slot]].ranks) {
-      from.add_place(rank);
+    const LayoutBlock& held = source.blocks()[group.sources[slot]];
+    const std::size_t instance = member.instances[slot];
+    for (std::size_t i = 0; i < held.layout->tensors().size(); ++i) {
+      from.add_tensor(group.sources[slot], instance, i);
     }
+    for (const std::int64_t rank : held.instances[instance].ranks) from.add_place(rank);
   }
   Part to(destination);
   const Layout& block = *destination.blocks()[group.block].layout;
-  for (std::size_t i = 0; i < block.fragments().size(); ++i)
+  for (std::size_t i = 0; i < block.tensors().size(); ++i) {
+    to.add_tensor(group.block, member.instance, i);
+  }
+  for (std::size_t i = 0; i < block.fragments().size(); ++i) {
     to.add(group.block, member.instance, i);
+  }
   for (std::size_t i = 0; i < block.padding().size(); ++i) {
     to.add_padding(group.block, member.instance, i);
   }
