@@ -67,7 +67,7 @@ def offline_layout(
         **trace_cache.asked(["megatron-core"], ["adapters/megatron"]),
     }
     return trace_cache.cached(
-        "megatron", key, trace, lambda x: x.to_bytes(), lambda b: SymbolicLayout.from_bytes(b)
+        "megatron", key, trace, SymbolicLayout.to_bytes, SymbolicLayout.from_bytes
     )
 
 
@@ -106,6 +106,7 @@ def _pieces(
     stages where the real one has several: the ends of a pipeline hold what others do not.
     """
     kinds = [part for part in family.parts() if part.layers]
+    number_of = {part.name: number for number, part in enumerate(kinds)}
     stages = min(parallel.pipeline, 2)
     small = replace(
         parallel,
@@ -119,7 +120,7 @@ def _pieces(
         family, small, dtype, grouped_experts, [part.layers[0] for part in kinds]
     )
     parts = [
-        replace(part, layers=(kinds.index(part),)) if part.layers else part
+        replace(part, layers=(number_of[part.name],)) if part.layers else part
         for part in family.parts()
     ]
     rank_of = {(seat.stage, seat.share): rank for rank, seat in enumerate(seats(small))}

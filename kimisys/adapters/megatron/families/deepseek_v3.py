@@ -82,7 +82,7 @@ class DeepseekV3(Experts):
         }
 
     @classmethod
-    def _moe_layers(cls, given: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    def moe_layer_numbers(cls, given: Mapping[str, Any], layers: int) -> tuple[int, ...]:
         return tuple(range(number(given, "first_k_dense_replace", int), layers))
 
     def _check_tensor_parallel(self, size: int) -> None:
@@ -127,7 +127,7 @@ class DeepseekV3(Experts):
     def _dtypes(self, part: str) -> dict[str, str]:
         return {_BIAS: "float32"} if part == "MoE layer" else {}
 
-    def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, queries = self.hidden_size, self.heads * (self.plain_dim + self.rope_dim)
         shapes: dict[str, tuple[int, ...]] = {
             "kv_a_proj_with_mqa.weight": (self.kv_rank + self.rope_dim, hidden),
@@ -143,8 +143,8 @@ class DeepseekV3(Experts):
             shapes["q_b_proj.weight"] = (queries, self.q_rank)
         return {f"self_attn.{name}": shape for name, shape in shapes.items()}
 
-    def _expert_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = super()._expert_shapes() | {_BIAS: (self.experts,)}
+    def expert_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = super().expert_shapes() | {_BIAS: (self.experts,)}
         if self.shared:
             width = self.shared * self.expert_width
             shapes |= gated_mlp_shapes("mlp.shared_experts.", self.hidden_size, width)
@@ -158,7 +158,7 @@ class DeepseekV3(Experts):
         if self.shared:
             copy_gated_mlp(megatron, "mlp.shared_experts.", hf, "mlp.shared_experts.")
 
-    def _attention_rule(
+    def attention_rule(
         self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
     ) -> None:
         def copy(name: str, *keys: str) -> None:

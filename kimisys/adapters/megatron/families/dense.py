@@ -146,13 +146,13 @@ class Dense:
 
     def parts(self) -> list[Part]:
         """The model in pieces: its ends, and its layers."""
-        return [*self._ends(), *self._layer_parts()]
+        return [*self.ends(), *self.layer_parts()]
 
     def hf_tensors(self, dtype: str) -> list[Tensor]:
         """The checkpoint's tensors. `dtype` is kimisys' name of it, as in "float32"."""
         return tensors_of(self.parts(), dtype)
 
-    def _ends(self) -> list[Part]:
+    def ends(self) -> list[Part]:
         rows, hidden = self.vocab_size, self.hidden_size
         table: dict[str, tuple[int, ...]] = {"weight": (rows, hidden)}
         same = copy_all({"weight": "weight"}, rows)
@@ -186,15 +186,15 @@ class Dense:
             )
         return ends
 
-    def _layer_parts(self) -> list[Part]:
-        shapes = self._norm_shapes() | self._attention_shapes() | self._mlp_shapes()
+    def layer_parts(self) -> list[Part]:
+        shapes = self.norm_shapes() | self.attention_shapes() | self.mlp_shapes()
         return [layers_of("layer", tuple(range(self.layers)), shapes, self.layer_rule)]
 
-    def _norm_shapes(self) -> dict[str, tuple[int, ...]]:
+    def norm_shapes(self) -> dict[str, tuple[int, ...]]:
         norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
         return dict.fromkeys(norms, (self.hidden_size,))
 
-    def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, dim = self.hidden_size, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj.weight": (self.heads * dim, hidden),
@@ -209,18 +209,23 @@ class Dense:
             shapes |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
         return shapes
 
-    def _mlp_shapes(self) -> dict[str, tuple[int, ...]]:
+    def mlp_shapes(self) -> dict[str, tuple[int, ...]]:
         return gated_mlp_shapes("mlp.", self.hidden_size, self.intermediate_size)
 
     def layer_rule(
         self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
     ) -> None:
         """One layer; names are those below "decoder.layers.N." and "model.layers.N."."""
-        self._attention_rule(megatron, hf)
-        copy_gated_mlp(megatron, "mlp.", hf, "mlp.")
-        self._norm_rule(megatron, hf)
+        self.attention_rule(megatron, hf)
+        self.mlp_rule(megatron, hf)
+        self.norm_rule(megatron, hf)
 
-    def _norm_rule(
+    def mlp_rule(
+        self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
+    ) -> None:
+        copy_gated_mlp(megatron, "mlp.", hf, "mlp.")
+
+    def norm_rule(
         self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
     ) -> None:
         # Megatron fuses a norm with the linear layer after it, or not: the key tells
@@ -233,7 +238,7 @@ class Dense:
             either(megatron, "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
         )
 
-    def _attention_rule(
+    def attention_rule(
         self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
     ) -> None:
         for kind in ("weight", "bias") if self.qkv_bias else ("weight",):

@@ -50,13 +50,13 @@ class Experts(Dense):
             "experts": number(given, cls.count_name, int),
             "active": number(given, "num_experts_per_tok", int),
             "expert_width": number(given, cls.width_name, int),
-            "moe_layers": cls._moe_layers(given, fields["layers"]),
+            "moe_layers": cls.moe_layer_numbers(given, fields["layers"]),
             # weights that do not add up to one are a softmax over all experts
             "pre_softmax": not given.get("norm_topk_prob", True),
         }
 
     @classmethod
-    def _moe_layers(cls, given: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    def moe_layer_numbers(cls, given: Mapping[str, Any], layers: int) -> tuple[int, ...]:
         return tuple(range(layers))
 
     @property
@@ -90,11 +90,11 @@ class Experts(Dense):
             "moe_layer_freq": [0 if layer in dense else 1 for layer in range(self.layers)],
         }
 
-    def _layer_parts(self) -> list[Part]:
-        common = self._norm_shapes() | self._attention_shapes()
+    def layer_parts(self) -> list[Part]:
+        common = self.norm_shapes() | self.attention_shapes()
         kinds = [
-            ("dense layer", self.dense_layers, self._mlp_shapes(), self.layer_rule),
-            ("MoE layer", self.moe_layers, self._expert_shapes(), self.moe_layer_rule),
+            ("dense layer", self.dense_layers, self.mlp_shapes(), self.layer_rule),
+            ("MoE layer", self.moe_layers, self.expert_shapes(), self.moe_layer_rule),
         ]
         return [
             layers_of(name, layers, common | shapes, rule, self._dtypes(name))
@@ -105,7 +105,7 @@ class Experts(Dense):
     def _dtypes(self, part: str) -> dict[str, str]:
         return {}
 
-    def _expert_shapes(self) -> dict[str, tuple[int, ...]]:
+    def expert_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {self.router: (self.experts, self.hidden_size)}
         plain = gated_mlp_shapes("", self.hidden_size, self.expert_width).values()
         for expert in range(self.experts):
@@ -117,8 +117,8 @@ class Experts(Dense):
         self, megatron: Mapping[str, torch.Tensor], hf: Mapping[str, torch.Tensor]
     ) -> None:
         """One layer with experts; names as in `layer_rule`."""
-        self._attention_rule(megatron, hf)
-        self._norm_rule(megatron, hf)
+        self.attention_rule(megatron, hf)
+        self.norm_rule(megatron, hf)
         hf[self.router].copy_(megatron["mlp.router.weight"])
         rows = megatron[f"{_EXPERTS}linear_fc1.weight"].unbind()
         columns = megatron[f"{_EXPERTS}linear_fc2.weight"].unbind()

@@ -18,7 +18,7 @@ class Qwen3Moe(Experts):
     only: ClassVar[Mapping[str, Any]] = {"attention_bias": False, "use_sliding_window": False}
 
     @classmethod
-    def _moe_layers(cls, given: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    def moe_layer_numbers(cls, given: Mapping[str, Any], layers: int) -> tuple[int, ...]:
         dense = given.get("mlp_only_layers") or []
         step = given.get("decoder_sparse_step") or 1
         return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
