@@ -67,10 +67,14 @@ class Recorder(TorchDispatchMode):
 
     All tensors are on the meta device and contiguous. Raises TraceError, naming tensor and
     operation, for what cannot be followed: at the operation, or at the end of the block.
+    guarded: tensors that must not be copied to: what lands there would be lost from sight.
     """
 
     def __init__(
-        self, sources: Mapping[str, torch.Tensor], destinations: Mapping[str, torch.Tensor]
+        self,
+        sources: Mapping[str, torch.Tensor],
+        destinations: Mapping[str, torch.Tensor],
+        guarded: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.writes: list[Write] = []
@@ -80,6 +84,11 @@ class Recorder(TorchDispatchMode):
         for role, tensors in (("source", sources), ("destination", destinations)):
             for name, tensor in tensors.items():
                 self._register(name, tensor, role)
+        for name, tensor in (guarded or {}).items():
+            if tensor.numel():
+                self._alive.append(tensor)
+                known = Storage(name, tuple(tensor.shape), tensor.dtype, "guarded")
+                self._storages.setdefault(storage_key(tensor), known)
 
     def _register(self, name: str, tensor: torch.Tensor, role: str) -> None:
         if tensor.device.type != "meta" or not tensor.is_contiguous():
@@ -141,6 +150,11 @@ class Recorder(TorchDispatchMode):
         if to.role == "source":
             raise TraceError(
                 f"the function writes into source {to.name!r}; sources must stay as they are"
+            )
+        if to.role == "guarded":
+            raise TraceError(
+                f"the function loads into {to.name!r}, which is not one of the parameters that are "
+                "traced; make it a parameter, or derive it after loading"
             )
         piece = Piece(tuple(destination.shape), (_side(destination), _side(source)))
         for part, root in self._resolve(piece, origin, to.name):

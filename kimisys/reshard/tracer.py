@@ -90,6 +90,7 @@ def trace_layout(
     load: Callable[[dict[str, torch.Tensor]], None],
     rank: int,
     current: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+    guarded: Mapping[str, torch.Tensor] | None = None,
 ) -> Layout:
     """The layout of one rank whose parameters `destinations` are filled by `load`.
 
@@ -98,6 +99,7 @@ def trace_layout(
     destinations: the rank's parameters by name, contiguous, on the meta device; each becomes a
     buffer.
     current: gives the parameters by name after loading, to find those that were replaced.
+    guarded: tensors by name that `load` must not load into, such as a model's other buffers.
     Tensors that `load` ignores do not appear. The layout's dtypes are those of the parameters.
     Raises TraceError for what cannot be followed, LayoutError for overlapping bounds.
     """
@@ -105,7 +107,7 @@ def trace_layout(
         t.name: torch.empty(tuple(t.shape), dtype=getattr(torch, t.dtype), device="meta")
         for t in tensors
     }
-    with torch.no_grad(), Recorder(sources, destinations) as tracer:
+    with torch.no_grad(), Recorder(sources, destinations, guarded) as tracer:
         load(dict(sources))
     if current is not None:
         tracer.check_unreplaced(current())

@@ -137,7 +137,10 @@ def trace_model(
         return {name: p for name, p in model.module.named_parameters() if wanted(name)}
 
     try:
-        layout = trace_layout(tensors, parameters(), model.load, model.rank, current=parameters)
+        buffers = dict(model.module.named_buffers())
+        layout = trace_layout(
+            tensors, parameters(), model.load, model.rank, current=parameters, guarded=buffers
+        )
     except KimisysError:
         raise
     except Exception as error:  # whatever a foreign loader raises

@@ -7,10 +7,10 @@ A worker that was broken while it packed, or still has the random weights it sta
 (``load_format="dummy"``), refuses to compute: a forward pass raises EngineError, which ends a stock
 vLLM engine. Engines of kimisys refuse sooner, and live.
 
-Limits: engines on the CPU, of tensor parallelism alone. The refusal is a hook of the model's
-forward; a CUDA graph of the whole model would be replayed past it. Weights that vLLM itself loaded
-from a checkpoint are served until the first update, as version None. With a stock vLLM each rank
-commits for itself: one that breaks refuses, the others do not know.
+Limits: engines on the CPU, of tensor and expert parallelism alone. The refusal is a hook of the
+model's forward; a CUDA graph of the whole model would be replayed past it. Weights that vLLM itself
+loaded from a checkpoint are served until the first update, as version None. With a stock vLLM each
+rank commits for itself: one that breaks refuses, the others do not know.
 """
 
 from __future__ import annotations
@@ -110,17 +110,16 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         model: torch.nn.Module,
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size > 1 or parallel.enable_expert_parallel:
+        self._parallel = EngineParallel.of_config(vllm_config.parallel_config)
+        if self._parallel.pipeline > 1 or self._parallel.data > 1:
             raise LayoutError(
-                "the kimisys backend updates engines of tensor parallelism alone; this one has "
-                f"pipeline-parallel size {parallel.pipeline_parallel_size} and expert parallelism "
-                f"{'on' if parallel.enable_expert_parallel else 'off'}"
+                "the kimisys backend updates engines of tensor and expert parallelism; this one is "
+                f"{self._parallel}. Give it pp=1 and dp=1, and start further engines for more ranks"
             )
         self._group = get_tp_group()
         self._size, self._rank = self._group.world_size, self._group.rank_in_group
-        self._fresh = build_model(vllm_config, EngineParallel(self._size), self._rank)
-        constants = build_model(vllm_config, EngineParallel(self._size), self._rank, "cpu")
+        self._fresh = build_model(vllm_config, self._parallel, self._rank)
+        constants = build_model(vllm_config, self._parallel, self._rank, "cpu")
         self._packer = Packer(model, constants.module, vllm_config)
         self._shadow = {
             name: torch.empty_like(meta, device=device)
@@ -162,7 +161,7 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             [
                 trace_model(self._fresh, tensors)
                 if rank == self._rank
-                else trace_vllm_layout(self.vllm_config, tensors, EngineParallel(self._size), rank)
+                else trace_vllm_layout(self.vllm_config, tensors, self._parallel, rank)
                 for rank in range(self._size)
             ]
         )

@@ -116,11 +116,22 @@ def test_what_the_tracer_cannot_follow_is_refused_by_name(
     def unknown(self: Any, param: Any, loaded: torch.Tensor) -> None:
         load(self, param, torch.ones_like(loaded))
 
+    def beside(self: Any, param: Any, loaded: torch.Tensor) -> None:
+        load(self, param, loaded)
+        self.copy.copy_(loaded)
+
+    def with_buffer(self: Any, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        self.register_buffer("copy", torch.zeros(29, 64))
+
+    build: Any = VocabParallelEmbedding.__init__
+    monkeypatch.setattr(VocabParallelEmbedding, "__init__", with_buffer)
     name = "'model.embed_tokens.weight'"
     for loader, match in (
         (scaled, rf"{name}.*aten\.mul"),
         (assigned, f"{name} was replaced"),
         (unknown, name),
+        (beside, r"loads into 'model\.embed_tokens\.copy', which is not one of the parameters"),
     ):
         monkeypatch.setattr(VocabParallelEmbedding, "weight_loader", loader)
         refused(configs["tied"], table, match)
