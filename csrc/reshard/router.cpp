@@ -148,11 +148,14 @@ void Router::choose_entries(const Geometry& shape) {
   }
 }
 
-std::size_t Router::cheapest(const std::vector<std::uint32_t>& holders, std::size_t owners,
+// A part comes to the k-th of a chain after k times its own time at best: counted like load, so
+// that only demands of few parts avoid long chains.
+std::size_t Router::cheapest(const std::vector<Holder>& holders, std::size_t owners,
                              std::int64_t bytes) const {
   const auto cost = [&](std::size_t i) {
-    const std::int64_t load = egress_[nic(holders[i])] + bytes;
-    return std::make_tuple(std::max(load, limit_), i >= owners, load);
+    const std::int64_t load = egress_[nic(holders[i].endpoint)] + bytes;
+    const std::int64_t arrival = (holders[i].depth + 1) * bytes;
+    return std::make_tuple(std::max({load, arrival, limit_}), i >= owners, load);
   };
   std::size_t best = 0;
   auto best_cost = cost(0);
@@ -163,10 +166,12 @@ std::size_t Router::cheapest(const std::vector<std::uint32_t>& holders, std::siz
   return best;
 }
 
-// The receiver whose NIC sends least is served first: it can serve the others.
+// The receiver whose NIC sends least is served first: it can serve the others. Of those that send
+// alike, the one that receives least can have it first.
 void Router::serve(const Geometry& shape) {
   std::vector<std::pair<std::size_t, const Group*>> entries;
-  std::vector<std::uint32_t> holders = shape.holders;
+  std::vector<Holder> holders;
+  for (const std::uint32_t holder : shape.holders) holders.push_back({holder, 0});
   for (std::size_t p = shape.first_part; p < shape.last_part; ++p) {
     const Part& part = parts_[p];
     entries.clear();
@@ -176,19 +181,22 @@ void Router::serve(const Geometry& shape) {
       });
       entries.emplace_back(part.first_hop + *open, &group);
     }
-    const auto sends = [&](std::size_t hop) { return egress_[nic(receivers_[hop])]; };
+    const auto busy = [&](std::size_t hop) {
+      return std::pair(egress_[nic(receivers_[hop])], ingress_[nic(receivers_[hop])]);
+    };
     std::stable_sort(entries.begin(), entries.end(),
-                     [&](const auto& a, const auto& b) { return sends(a.first) < sends(b.first); });
+                     [&](const auto& a, const auto& b) { return busy(a.first) < busy(b.first); });
     holders.resize(shape.holders.size());
     bool paid = shape.one_sender && options_.relay;  // run() has counted the first copy
     for (const auto& [hop, group] : entries) {
       const std::size_t best = paid ? 0 : cheapest(holders, shape.owners, part.bytes);
-      servers_[hop] = holders[best];
-      if (!paid) egress_[nic(holders[best])] += part.bytes;
+      const Holder server = holders[best];
+      servers_[hop] = server.endpoint;
+      if (!paid) egress_[nic(server.endpoint)] += part.bytes;
       paid = false;
       if (!options_.relay) continue;
       for (const std::size_t member : *group) {
-        holders.push_back(receivers_[part.first_hop + member]);
+        holders.push_back({receivers_[part.first_hop + member], server.depth + 1});
       }
     }
   }

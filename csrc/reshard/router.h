@@ -42,6 +42,12 @@ class Router {
 
   void run();
 
+  // One that can send a part, after so many hops between nodes.
+  struct Holder {
+    std::uint32_t endpoint = 0;
+    std::int64_t depth = 0;
+  };
+
  private:
   static constexpr std::uint32_t kNobody = std::numeric_limits<std::uint32_t>::max();
 
@@ -50,7 +56,7 @@ class Router {
   void serve_locally(const Geometry& shape);
   void choose_entries(const Geometry& shape);
   void serve(const Geometry& shape);
-  std::size_t cheapest(const std::vector<std::uint32_t>& holders, std::size_t owners,
+  std::size_t cheapest(const std::vector<Holder>& holders, std::size_t owners,
                        std::int64_t bytes) const;
   std::int64_t relay_limit() const;
 
