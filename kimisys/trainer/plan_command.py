@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,12 @@ def investigate(config: PlanConfig, console: Console) -> PlanReport:
     """Trace both sides, plan, route and simulate."""
     train, infer = Parallel.parse(config.train), EngineParallel.parse(config.infer)
     name, model = model_config(config.model)
-    with timed(console, f"asking Megatron what {train.world_size:,} ranks hold") as asking_megatron:
+    with (
+        timed(console, f"asking Megatron what {train.world_size:,} ranks hold") as asking_megatron,
+        warnings.catch_warnings(),
+    ):
+        # Megatron's advice to who trains so; nothing is trained here
+        warnings.filterwarnings("ignore", message="When using expert parallelism")
         source = offline_layout(model, train, config.dtype)
     with timed(console, f"asking vLLM what {infer.world_size:,} ranks want") as asking_vllm:
         destination = engine_layout(model, source.tensors, infer, config.dtype)
