@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
-    """The commands by name; a run that is resumed takes its defaults from what was `saved`."""
+    """The commands by name, those that train first; a run that is resumed takes its defaults from
+    what was `saved`."""
     started = time.monotonic()
     train_defaults = saved if isinstance(saved, TrainConfig) else TrainConfig()
     sft_defaults = RunConfig() if saved is None or isinstance(saved, TrainConfig) else saved
@@ -68,6 +69,10 @@ def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
         """Supervised steps alone, on a task's demonstrations."""
         _run(config, saved, console, started)
 
+    return {"train": train, "sft": sft, **_other_commands(console)}
+
+
+def _other_commands(console: Console) -> dict[str, Any]:
     def evaluate(config: Annotated[EvalConfig, Flat]) -> None:
         """Measure a model: pass@1, pass@k, completion length, on a task's held-out problems."""
         config.check()
@@ -112,8 +117,6 @@ def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
         run(config, console)
 
     return {
-        "train": train,
-        "sft": sft,
         "eval": evaluate,
         "generate": generate,
         "export": export,
