@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PACKAGES := g++ make cmake ninja-build libnuma1
 TEST_PACKAGES := doctest-dev chromium
+FUZZ_PACKAGES := clang libclang-rt-14-dev
 # Debian's own Python comes without these two
 ifeq ($(PYTHON),/usr/bin/python3.11)
 PACKAGES += python3.11-venv python3.11-dev
@@ -12,7 +13,9 @@ endif
 CPP_SOURCES = $(shell find csrc bindings bench tests/cpp -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: setup train test test-asan test-tsan test-python gpu-check bench lint format clean help
+FUZZ_SECONDS ?= 60
+
+.PHONY: setup train test test-asan test-tsan test-python fuzz gpu-check bench lint format clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -38,6 +41,15 @@ test-asan test-tsan: .venv/.packages .venv/.test-packages
 
 test-python: setup .venv/.test-packages  ## The Python tests (ARGS="-k digest" selects)
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: .venv/.packages .venv/.fuzz-packages  ## Fuzz the compact forms with libFuzzer (FUZZ_SECONDS=60)
+	@mkdir -p build
+	@cmake -S . -B build/fuzz -G Ninja -DKIMISYS_FUZZ=ON -DCMAKE_CXX_COMPILER=clang++ \
+	  >build/fuzz.log 2>&1 || { cat build/fuzz.log; exit 1; }
+	@cmake --build build/fuzz --target forms_fuzz forms_corpus
+	build/fuzz/forms_corpus --corpus build/fuzz/corpus
+	build/fuzz/forms_fuzz -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -timeout=10 \
+	  -artifact_prefix=build/fuzz/ -print_final_stats=1 build/fuzz/corpus
 
 # With the Python of the machine where it has what is needed, else with the .venv's.
 GPU_PYTHON ?= $(or $(shell for p in python3 $(BIN)/python; do $$p -c 'import numpy, pybind11, torch' \
@@ -66,7 +78,8 @@ clean:  ## Remove what was built (not the .venv)
 # Debian packages: installed when root, named otherwise.
 .venv/.packages: wanted = $(PACKAGES)
 .venv/.test-packages: wanted = $(TEST_PACKAGES)
-.venv/.packages .venv/.test-packages: Makefile
+.venv/.fuzz-packages: wanted = $(FUZZ_PACKAGES)
+.venv/.packages .venv/.test-packages .venv/.fuzz-packages: Makefile
 	@mkdir -p .venv build
 	@missing=""; for p in $(wanted); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then \

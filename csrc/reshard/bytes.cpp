@@ -18,6 +18,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "base/utf8.h"
 #include "reshard/box.h"
 
 namespace kimisys::reshard {
@@ -85,6 +86,7 @@ std::vector<std::string> read_names(ByteReader& in) {
     // Each name may repeat the one before: a short text could ask for terabytes.
     KIMISYS_CHECK(name.size() <= kMaxName, ErrorCode::kLayout, "a name has ", name.size(),
                   " bytes; at most ", kMaxName, " are read");
+    KIMISYS_CHECK(is_utf8(name), ErrorCode::kLayout, "a name is not UTF-8");
     before = &name;
   }
   return names;
@@ -274,6 +276,8 @@ SymbolicLayout read_symbolic(ByteReader& in) {
     for (Instance& it : block.instances) {
       it.label = in.text();
       it.buffer_label = in.index(2) == 0 ? std::string_view(it.label) : in.text();
+      KIMISYS_CHECK(is_utf8(it.label) && is_utf8(it.buffer_label), ErrorCode::kLayout,
+                    "a label is not UTF-8");
       it.ranks.resize(in.count());
       std::int64_t rank = 0;
       for (std::int64_t& value : it.ranks) value = rank = sum(rank, in.signed_number());

@@ -280,7 +280,10 @@ std::optional<std::size_t> Layout::find_buffer(std::int64_t rank, std::string_vi
 }
 
 std::span<const Buffer> Layout::buffers_of(std::int64_t rank) const {
-  const auto [first, last] = std::ranges::equal_range(buffers_, rank, {}, &Buffer::rank);
+  const auto begins_before = [](const Buffer& buffer, std::int64_t it) { return buffer.rank < it; };
+  const auto first = std::lower_bound(buffers_.begin(), buffers_.end(), rank, begins_before);
+  auto last = first;
+  while (last != buffers_.end() && last->rank == rank) ++last;
   return {first, last};
 }
 

@@ -53,6 +53,70 @@ const Named* first_repeat(std::vector<Named>& names, Same same, const Named*& ot
   return nullptr;
 }
 
+// Appends the names of one kind of table; `rank_of` tells equal names of several ranks apart.
+template <typename TableOf, typename LabelOf, typename RankOf>
+void collect(const std::vector<LayoutBlock>& blocks, std::vector<Named>& names, TableOf table_of,
+             LabelOf label_of, RankOf rank_of) {
+  std::string text;
+  for (std::uint32_t b = 0; b < blocks.size(); ++b) {
+    const auto& table = table_of(*blocks[b].layout);
+    for (std::uint32_t i = 0; i < blocks[b].instances.size(); ++i) {
+      const Instance& instance = blocks[b].instances[i];
+      for (std::uint32_t k = 0; k < table.size(); ++k) {
+        expand_into(text, table[k].name, label_of(instance));
+        KIMISYS_CHECK(text.size() <= kMaxName, kBad, "a name of instance '", instance.label,
+                      "' has ", text.size(), " bytes when spelled out; at most ", kMaxName,
+                      " are supported");
+        const auto rank = static_cast<std::size_t>(rank_of(instance, table[k]));
+        names.push_back(
+            {std::hash<std::string_view>()(text) + rank * 0x9e3779b97f4a7c15U, b, i, k});
+      }
+    }
+  }
+}
+
+void check_tensor_names(const std::vector<LayoutBlock>& blocks, std::vector<Named>& names) {
+  names.clear();
+  collect(
+      blocks, names, [](const Layout& layout) -> auto& { return layout.tensors(); },
+      [](const Instance& it) -> auto& { return it.label; },
+      [](const Instance&, const Tensor&) { return 0; });
+  const auto name_of = [&](const Named& it) {
+    const LayoutBlock& block = blocks[it.block];
+    return expand(block.layout->tensors()[it.index].name, block.instances[it.instance].label);
+  };
+  const Named* other = nullptr;
+  const Named* twice = first_repeat(
+      names, [&](const Named& a, const Named& b) { return name_of(a) == name_of(b); }, other);
+  KIMISYS_CHECK(twice == nullptr, kBad, "tensor '", name_of(*twice),
+                "' stands in two instances: ", blocks[other->block].instances[other->instance],
+                " and ", blocks[twice->block].instances[twice->instance],
+                ". All ranks that hold a tensor belong into one block");
+}
+
+void check_buffer_names(const std::vector<LayoutBlock>& blocks, std::vector<Named>& names) {
+  const auto rank_of = [](const Instance& instance, const Buffer& buffer) {
+    return instance.ranks[static_cast<std::size_t>(buffer.rank)];
+  };
+  names.clear();
+  collect(
+      blocks, names, [](const Layout& layout) -> auto& { return layout.buffers(); },
+      [](const Instance& it) -> auto& { return it.buffer_label; }, rank_of);
+  const auto key = [&](const Named& it) {
+    const Instance& instance = blocks[it.block].instances[it.instance];
+    const Buffer& buffer = blocks[it.block].layout->buffers()[it.index];
+    return std::pair(rank_of(instance, buffer), expand(buffer.name, instance.buffer_label));
+  };
+  const Named* other = nullptr;
+  const Named* twice =
+      first_repeat(names, [&](const Named& a, const Named& b) { return key(a) == key(b); }, other);
+  KIMISYS_CHECK(twice == nullptr, kBad, "buffer '", key(*twice).second, "' of rank ",
+                key(*twice).first,
+                " stands in two instances: ", blocks[other->block].instances[other->instance],
+                " and ", blocks[twice->block].instances[twice->instance],
+                ". Put \"{}\" into its name, or give the instances buffer labels");
+}
+
 bool before(const Instance& a, const Instance& b) {
   const auto key = [](const Instance& it) {
     return std::tuple(it.label.size(), std::string_view(it.label), it.buffer_label.size(),
@@ -115,8 +179,7 @@ void SymbolicLayout::check_block(const LayoutBlock& block) const {
   const std::size_t locals = local_ranks(layout);
   for (const Instance& instance : block.instances) {
     KIMISYS_CHECK(std::max(instance.label.size(), instance.buffer_label.size()) <= kMaxName, kBad,
-                  "a label of ", what, " has more than ", kMaxName, " bytes: '",
-                  instance.label.substr(0, 80), "'");
+                  "a label of ", what, " has more than ", kMaxName, " bytes");
     KIMISYS_CHECK(locals <= instance.ranks.size(), kBad, "instance '", instance.label, "' of ",
                   what, " has ", instance.ranks.size(), " ranks, but the layout has local rank ",
                   locals - 1, "; local rank i needs ranks[i]");
@@ -159,57 +222,8 @@ void SymbolicLayout::check_names() const {
   }
   std::vector<Named> names;
   names.reserve(std::max(tensors, buffers));
-  std::string text;
-  const auto collect = [&](auto table_of, auto label_of, auto rank_of) {
-    names.clear();
-    for (std::uint32_t b = 0; b < blocks_.size(); ++b) {
-      const auto& table = table_of(*blocks_[b].layout);
-      for (std::uint32_t i = 0; i < blocks_[b].instances.size(); ++i) {
-        const Instance& instance = blocks_[b].instances[i];
-        for (std::uint32_t k = 0; k < table.size(); ++k) {
-          expand_into(text, table[k].name, label_of(instance));
-          KIMISYS_CHECK(text.size() <= kMaxName, kBad, "a name of instance '", instance.label,
-                        "' has ", text.size(), " bytes when spelled out; at most ", kMaxName,
-                        " are supported: '", text.substr(0, 80), "...'");
-          const auto rank = static_cast<std::size_t>(rank_of(instance, table[k]));
-          names.push_back(
-              {std::hash<std::string_view>()(text) + rank * 0x9e3779b97f4a7c15U, b, i, k});
-        }
-      }
-    }
-  };
-  const Named* other = nullptr;
-  const auto tensor_of = [this](const Named& it) {
-    const LayoutBlock& block = blocks_[it.block];
-    return expand(block.layout->tensors()[it.index].name, block.instances[it.instance].label);
-  };
-  collect([](const Layout& layout) -> auto& { return layout.tensors(); },
-          [](const Instance& it) -> auto& { return it.label; },
-          [](const Instance&, const Tensor&) { return 0; });
-  const Named* twice = first_repeat(
-      names, [&](const Named& a, const Named& b) { return tensor_of(a) == tensor_of(b); }, other);
-  KIMISYS_CHECK(twice == nullptr, kBad, "tensor '", tensor_of(*twice),
-                "' stands in two instances: ", blocks_[other->block].instances[other->instance],
-                " and ", blocks_[twice->block].instances[twice->instance],
-                ". All ranks that hold a tensor belong into one block");
-  const auto buffer_of = [this](const Named& it) {
-    const Instance& instance = blocks_[it.block].instances[it.instance];
-    const Buffer& buffer = blocks_[it.block].layout->buffers()[it.index];
-    return std::pair(instance.ranks[static_cast<std::size_t>(buffer.rank)],
-                     expand(buffer.name, instance.buffer_label));
-  };
-  collect([](const Layout& layout) -> auto& { return layout.buffers(); },
-          [](const Instance& it) -> auto& { return it.buffer_label; },
-          [](const Instance& it, const Buffer& buffer) {
-            return it.ranks[static_cast<std::size_t>(buffer.rank)] + 1;
-          });
-  twice = first_repeat(
-      names, [&](const Named& a, const Named& b) { return buffer_of(a) == buffer_of(b); }, other);
-  KIMISYS_CHECK(twice == nullptr, kBad, "buffer '", buffer_of(*twice).second, "' of rank ",
-                buffer_of(*twice).first,
-                " stands in two instances: ", blocks_[other->block].instances[other->instance],
-                " and ", blocks_[twice->block].instances[twice->instance],
-                ". Put \"{}\" into its name, or give the instances buffer labels");
+  check_tensor_names(blocks_, names);
+  check_buffer_names(blocks_, names);
 }
 
 void SymbolicLayout::index() {

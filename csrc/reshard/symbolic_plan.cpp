@@ -141,10 +141,14 @@ void SymbolicPlan::index() {
 
 std::span<const SymbolicPlan::Use> SymbolicPlan::uses_of(std::size_t block,
                                                          std::size_t instance) const {
-  const auto range =
-      std::ranges::equal_range(uses_, std::pair(block, instance), {},
-                               [](const Use& use) { return std::pair(use.block, use.instance); });
-  return {range.begin(), range.end()};
+  const auto key = [](const Use& use) { return std::pair(use.block, use.instance); };
+  const std::pair wanted(block, instance);
+  const auto first =
+      std::lower_bound(uses_.begin(), uses_.end(), wanted,
+                       [&](const Use& use, const auto& it) { return key(use) < it; });
+  auto last = first;
+  while (last != uses_.end() && key(*last) == wanted) ++last;
+  return {first, last};
 }
 
 Plan SymbolicPlan::of_rank(std::int64_t destination_rank) const {

@@ -155,18 +155,27 @@ def test_a_fingerprint_stands_for_the_value() -> None:
         assert len(one.fingerprint) == 32 and int(one.fingerprint, 16) >= 0
     assert first == second
     assert len({value.fingerprint for value in values(first)}) == 5
+    # Written down, so that a change of the form or another machine is seen.
+    assert Layout([], [], []).fingerprint == "56c32f2c5beada84682c337efb490d06"
     moved = SymbolicLayout(first[0].blocks, [*first[0].places[:-1], Place(3, 7)])
     assert moved != first[0] and moved.fingerprint != first[0].fingerprint
 
 
 def test_a_fingerprint_is_the_same_in_other_processes() -> None:
     program = (
-        "import sys; sys.path.insert(0, 'tests/reshard')\n"
-        "from test_forms import small, values\n"
-        "print(*(value.fingerprint for value in values(small(list, False))))"
+        "import sys; from kimisys.reshard import SymbolicLayout, symbolic_plan\n"
+        "sides = [SymbolicLayout.from_bytes(bytes.fromhex(text)) for text in sys.argv[1:]]\n"
+        "made = symbolic_plan(*sides)\n"
+        "print(*(it.fingerprint for it in (*sides, made, made.of_rank(0), made.of_source(0))))"
     )
-    expected = [value.fingerprint for value in values(small(list, False))]
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    sides = small(list, False)
+    made = symbolic_plan(*sides)
+    run = subprocess.run(
+        [sys.executable, "-c", program, *(side.to_bytes().hex() for side in sides)],
+        capture_output=True,
+        text=True,
+    )
+    expected = [it.fingerprint for it in (*sides, made, made.of_rank(0), made.of_source(0))]
     assert run.stdout.split() == expected, run.stderr
 
 

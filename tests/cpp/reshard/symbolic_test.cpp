@@ -82,8 +82,6 @@ TEST_CASE("fingerprints differ for texts that differ little") {
     CHECK(known.emplace(fingerprint(text.substr(0, size)), "").second);
   }
   CHECK(fingerprint("").size() == 32);
-  // Written down so that a change of the function, or another machine, is seen.
-  CHECK(fingerprint("kimisys") == fingerprint(std::string("kimisys")));
 }
 
 TEST_CASE("names are spelled out wherever the braces stand") {
@@ -124,7 +122,7 @@ TEST_CASE("ranks that share a node with some layers' ranks make a group of their
   CHECK(SymbolicPlan(side(apart), side(other)).groups().size() == 2);
 }
 
-TEST_CASE("replicas: no assignment gives the busiest NIC less than the best possible, by much") {
+TEST_CASE("replicas: the busiest NIC is near the best of all assignments") {
   // Pieces of 7 sizes that any of 3 NICs can send, against all 3^7 assignments.
   const std::vector<std::int64_t> sizes = {7, 7, 6, 6, 5, 4, 4};
   std::vector<Tensor> tensors;
@@ -165,7 +163,7 @@ TEST_CASE("replicas: no assignment gives the busiest NIC less than the best poss
 }
 
 TEST_CASE("exchanges mend what largest-first leaves") {
-  // Two NICs; largest first sends 3+2+2 and 3+2: an exchange cannot mend 7 to 5, but 3+3 and 2+2+2.
+  // Largest first leaves 3+2+2 and 3+2; one 3 against a 2 makes both 6.
   Loads loads;
   const std::vector<Placement> instances = {{{{0, 0, 0, 0}, {1, 0, 1, 1}}, {{0, 9}}}};
   Chooser chooser(instances, loads);
