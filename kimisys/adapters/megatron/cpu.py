@@ -3,8 +3,9 @@
 megatron-core 0.16.1 runs forward and backward on gloo once its habits are answered: it asks CUDA
 for the device of new buffers, keeps CUDA generator states for dropout, and warns unless a CUDA
 variable is set. Its pipeline schedules make a counter on `device="cuda"` and wait for the device;
-a tied embedding is moved to it. Its default causal mask is the last, also `device="cuda"`;
-layers.py needs no mask.
+a tied embedding is moved to it. A token dispatcher copies its counts on a CUDA stream, the router
+asks for a Transformer Engine kernel by name, and latent attention for its linear layer. Its default
+causal mask is the last, also `device="cuda"`; layers.py needs no mask.
 """
 
 from __future__ import annotations

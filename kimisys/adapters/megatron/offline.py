@@ -119,6 +119,7 @@ def _pieces(
     config = transformer_config(
         family, small, dtype, grouped_experts, [part.layers[0] for part in kinds]
     )
+    config.perform_initialization = False  # there is nothing to fill
     parts = [
         replace(part, layers=(number_of[part.name],)) if part.layers else part
         for part in family.parts()

@@ -84,6 +84,13 @@ class Policy:
                 f"{parallel_state.get_data_parallel_world_size()} data-parallel replicas: "
                 "make world_size equal to tensor_parallel times pipeline_parallel"
             )
+        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        if model.config.num_moe_experts is not None and tensor > 1:
+            raise LayoutError(
+                f"Policy trains experts with tensor_parallel 1, not {tensor}: Megatron demands "
+                "sequence parallelism beside it, which the norms here do not do; use pipeline "
+                "stages instead"
+            )
         self.model = model
         self.adam = adam or Adam()
         self.micro_batch_tokens = micro_batch_tokens

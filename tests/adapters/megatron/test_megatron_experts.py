@@ -18,6 +18,7 @@ from kimisys.adapters.megatron.families import check_layout, check_model, family
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_chunks, build_model
 from kimisys.adapters.megatron.parallel import Parallel
+from kimisys.adapters.megatron.policy import Policy
 from kimisys.errors import LayoutError
 from kimisys.reshard import plan
 
@@ -160,6 +161,20 @@ def test_grouped_experts_are_two_parameters_of_a_layer() -> None:
         build_chunks(tiny_config("mixtral"), torch.float32, grouped_experts=True)
 
 
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_a_policy_with_experts_learns(family: str) -> None:
+    tokens = torch.randint(0, 101, (4, 20), generator=torch.Generator().manual_seed(1))
+    with runtime.as_rank(Parallel(), 0):
+        torch.manual_seed(0)
+        policy = Policy(build_model(tiny_config(family), torch.float32))
+        losses = [policy.sft_step(tokens, torch.ones(4, 19), 1e-2).loss for _ in range(4)]
+    assert losses[-1] < losses[0] - 0.3
+    with runtime.as_rank(Parallel(tensor=2), 0):
+        model = build_model(tiny_config(family), torch.float32)
+        with pytest.raises(LayoutError, match="with tensor_parallel 1, not 2"):
+            Policy(model)
+
+
 def test_kimi_s_and_moonlight_s_configurations_are_deepseek_s() -> None:
     """Kimi-K2 says another model_type; Moonlight projects queries at once."""
     kimi = tiny_config("deepseek_v3", model_type="kimi_k2", n_group=1, topk_group=1)
@@ -173,6 +188,7 @@ REFUSED = [
     ("mixtral", {"sliding_window": 128}, "tp=1", "sliding_window 128 of this Mixtral"),
     ("mixtral", {}, "ep=3", r"expert_parallel 3 .*num_local_experts 4 .*one of \[1, 2, 4\]"),
     ("mixtral", {}, "ep=2,etp=5,tp=1", "expert_tensor_parallel 5 does not divide intermediate_s"),
+    ("mixtral", {"num_key_value_heads": 3}, "tp=1", "not a multiple of num_key_value_heads 3"),
     ("qwen3_moe", {}, "ep=8", r"expert_parallel 8 .*num_experts 4 .*one of \[1, 2, 4\]"),
     ("qwen3_moe", {}, "tp=4", r"tensor_parallel 4 .*num_key_value_heads 2 .*one of \[1, 2\]"),
     ("qwen3_moe", {"attention_bias": True}, "tp=1", "attention_bias True of this Qwen3Moe"),

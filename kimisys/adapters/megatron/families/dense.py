@@ -98,11 +98,7 @@ class Dense:
     def check(self, parallel: Parallel) -> None:
         """Raise LayoutError unless heads, KV heads and the MLP's width can be split over so many
         tensor-parallel ranks."""
-        if self.heads % self.groups:
-            raise LayoutError(
-                f"num_attention_heads {self.heads} is not a multiple of num_key_value_heads "
-                f"{self.groups}: each KV head must serve the same number of query heads"
-            )
+        self._check_heads()
         parts = {
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.groups,
@@ -113,6 +109,13 @@ class Dense:
             raise LayoutError(
                 f"expert_parallel {parallel.expert} needs experts, and this "
                 f"{type(self).__name__} model has none: leave it out"
+            )
+
+    def _check_heads(self) -> None:
+        if self.heads % self.groups:
+            raise LayoutError(
+                f"num_attention_heads {self.heads} is not a multiple of num_key_value_heads "
+                f"{self.groups}: each KV head must serve the same number of query heads"
             )
 
     def has_partial_gradient(self, parameter: str) -> bool:

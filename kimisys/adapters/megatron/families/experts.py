@@ -67,6 +67,7 @@ class Experts(Dense):
     def check(self, parallel: Parallel) -> None:
         """Raise LayoutError unless the ranks can share out attention, MLPs and experts."""
         name = type(self).__name__
+        self._check_heads()
         self._check_tensor_parallel(parallel.tensor)
         check_divides("expert_parallel", parallel.expert, {self.count_name: self.experts}, name)
         width = {self.width_name: self.expert_width}
