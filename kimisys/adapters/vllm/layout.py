@@ -35,6 +35,7 @@ def offline_config(
     """A vLLM configuration for tracing without an engine.
 
     model: a folder with a config.json. dtype: of the parameters; "auto" is what config.json says.
+    Raises LayoutError, with vLLM's own reason, for a configuration that it does not take.
     """
     arguments = EngineArgs(
         model=str(model),
@@ -46,6 +47,11 @@ def offline_config(
     variables = dict(os.environ)
     try:
         return arguments.create_engine_config()
+    except (ValueError, OSError, KeyError) as error:
+        raise LayoutError(
+            f"vLLM takes no model from {str(model)!r}: {_reason(error)}; compare its config.json "
+            "with one of an architecture that this vLLM knows"
+        ) from error
     finally:  # vLLM prepares this process for being an engine, LD_PRELOAD included
         os.environ.clear()
         os.environ.update(variables)
@@ -114,7 +120,7 @@ def build_model(
             set_default_torch_dtype(dtype),
         ):
             module = initialize_model(vllm_config=config)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, RuntimeError, NotImplementedError) as error:
         raise LayoutError(
             f"vLLM cannot build {config.model_config.architectures} for {parallel}: "
             f"{_reason(error)}; choose sizes that divide heads, key-value heads, hidden sizes and "

@@ -147,6 +147,14 @@ def test_a_loader_that_ignores_a_tensor_leaves_it_out(
     assert layout == trace_vllm_layout(configs["tied"], table, EngineParallel(), 0)
 
 
+def test_a_model_that_vllm_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="vLLM takes no model from"):
+        offline_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
+    with pytest.raises(LayoutError, match="vLLM takes no model from"):
+        offline_config(tmp_path)
+
+
 def test_impossible_ranks_and_sizes_are_refused(configs: dict[str, VllmConfig]) -> None:
     with pytest.raises(LayoutError, match=r"rank 2 of tp=2.* 0 to 1"):
         build_model(configs["tied"], EngineParallel(2), 2)

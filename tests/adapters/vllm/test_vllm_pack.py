@@ -23,10 +23,10 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 def loaded(
-    folder: Path, seed: int, size: int = 1, rank: int = 0, dtype: Dtype = "float32"
+    folder: Path, seed: int, parallel: str = "", rank: int = 0, dtype: Dtype = "float32"
 ) -> RankModel:
     """As an engine's worker has it: loaded, and processed by vLLM."""
-    model = unprocessed(folder, seed, size, rank, dtype)
+    model = unprocessed(folder, seed, parallel, rank, dtype)
     process(model)
     return model
 
@@ -38,9 +38,10 @@ def process(model: RankModel) -> None:
 
 
 def unprocessed(
-    folder: Path, seed: int, size: int = 1, rank: int = 0, dtype: Dtype = "float32"
+    folder: Path, seed: int, parallel: str = "", rank: int = 0, dtype: Dtype = "float32"
 ) -> RankModel:
-    model = build_model(offline_config(folder, dtype), EngineParallel(size), rank, device="cpu")
+    split = EngineParallel.parse(parallel)
+    model = build_model(offline_config(folder, dtype), split, rank, device="cpu")
     model.load(checkpoint(folder, seed))
     return model
 
@@ -69,37 +70,38 @@ def outputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "rank"),
+    ("model", "parallel", "rank"),
     [
-        ("tied", 1, 0),
-        ("untied", 1, 0),
-        ("untied", 2, 0),
-        ("qwen2-tied", 1, 0),
-        ("qwen2-untied", 2, 0),
-        ("llama-tied", 1, 0),
-        ("llama-untied", 2, 0),
-        ("mixtral", 1, 0),
-        ("mixtral", 2, 0),
-        ("qwen3_moe", 1, 0),
-        ("qwen3_moe", 2, 0),
-        ("deepseek_v3", 1, 0),
-        ("deepseek_v3", 2, 0),
-        ("glm4_moe", 2, 0),
-        ("qwen2_5_vl", 1, 0),
-        ("qwen2_5_vl", 2, 0),
+        ("tied", "", 0),
+        ("untied", "", 0),
+        ("untied", "tp=2", 0),
+        ("qwen2-tied", "", 0),
+        ("qwen2-untied", "tp=2", 0),
+        ("llama-tied", "", 0),
+        ("llama-untied", "tp=2", 0),
+        ("mixtral", "", 0),
+        ("mixtral", "tp=2", 0),
+        ("qwen3_moe", "", 0),
+        ("qwen3_moe", "tp=2", 0),
+        ("deepseek_v3", "", 0),
+        ("deepseek_v3", "tp=2", 0),
+        ("glm4_moe", "tp=2,ep=on", 0),
+        ("deepseek_v3", "tp=2,pp=2,ep=on", 2),
+        ("qwen2_5_vl", "", 0),
+        ("qwen2_5_vl", "tp=2", 0),
     ],
 )
 def test_a_packed_model_computes_as_if_loaded_anew(
-    folders: dict[str, Path], model: str, size: int, rank: int
+    folders: dict[str, Path], model: str, parallel: str, rank: int
 ) -> None:
-    running = loaded(folders[model], 1, size, rank)
+    running = loaded(folders[model], 1, parallel, rank)
     before = outputs(running.module)
-    new = dict(unprocessed(folders[model], 2, size, rank).module.named_parameters())
+    new = dict(unprocessed(folders[model], 2, parallel, rank).module.named_parameters())
     packer = packer_of(running)
     assert packer.shapes.keys() == new.keys()
     packer.pack({name: parameter.detach().clone() for name, parameter in new.items()})
 
-    expected = outputs(loaded(folders[model], 2, size, rank).module)
+    expected = outputs(loaded(folders[model], 2, parallel, rank).module)
     after = outputs(running.module)
     assert after.keys() == expected.keys() and any("lm_head" in name for name in after)
     biased = any(name.endswith("layers.1.self_attn.qkv_proj.bias") for name in after)
