@@ -52,6 +52,8 @@ class Cells {
   }
 
  private:
+  using Cuts = std::vector<std::int64_t>;
+
   template <typename Visit>
   void walk(const Region& region, std::size_t d, std::size_t cell, const Visit& visit) const {
     if (d == cuts_.size()) {

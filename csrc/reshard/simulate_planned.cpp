@@ -22,10 +22,13 @@ struct Link {
 struct End {
   std::int64_t left = 0;  // bytes that it has not yet begun
   std::vector<Link> active;
-  bool touched = false;
+  bool touched = false;  // came free, or got something to do, since the last match
+  bool listed = false;   // match looks at it
+  bool open = false;     // touched, and some pair could use it
 };
 
 constexpr std::int64_t kBusy = -1;
+constexpr std::size_t kFew = 16;
 
 struct Pair {
   std::uint32_t sender = 0;  // endpoints
@@ -76,12 +79,6 @@ class Planned {
   }
 
  private:
-  struct Candidate {
-    std::uint32_t pair = kNoHop;
-    std::size_t first = 0;  // the ends, the higher-ranked one first
-    std::size_t second = 0;
-  };
-
   void number_pairs() {
     std::unordered_map<std::uint64_t, std::uint32_t> numbers;
     for (const Part& part : route_.parts()) {
@@ -154,16 +151,9 @@ class Planned {
     return ends_[a].left != ends_[b].left ? ends_[a].left > ends_[b].left : a < b;
   }
 
-  bool better(const Candidate& a, const Candidate& b) const {
-    if (b.pair == kNoHop) return true;
-    if (a.first != b.first) return outranks(a.first, b.first);
-    if (a.second != b.second) return outranks(a.second, b.second);
-    return a.pair < b.pair;
-  }
-
-  // The end's pair with the highest-ranked free partner.
-  Candidate best_of(std::size_t end) const {
-    if (free_[end] == kBusy) return {};
+  // The end's pair with the highest-ranked free partner; kNoHop if there is none.
+  std::uint32_t best_of(std::size_t end) const {
+    if (free_[end] == kBusy) return kNoHop;
     Link best{kNoHop, 0};
     std::int64_t most = kBusy;
     for (const Link link : ends_[end].active) {
@@ -173,36 +163,101 @@ class Planned {
                          (link.partner == best.partner && link.pair < best.pair);
       if (ahead) std::tie(best, most) = std::make_pair(link, left);
     }
-    if (best.pair == kNoHop) return {};
-    if (outranks(best.partner, end)) return {best.pair, best.partner, end};
-    return {best.pair, end, best.partner};
+    return best.pair;
   }
 
-  bool startable(std::uint32_t pair) const {
-    return free_[pairs_[pair].ends[0]] != kBusy && free_[pairs_[pair].ends[1]] != kBusy;
-  }
-
-  // Every pair that can start now has a touched end: one that came free or got something to do.
+  // Every pair that can start now has a touched end: one that came free or got something to do. The
+  // highest-ranked end of all those pairs takes its best partner, then the next.
   void match(double now) {
-    std::vector<Candidate> candidates;
-    for (const std::size_t end : touched_) {
-      ends_[end].touched = false;
-      candidates.push_back(best_of(end));
-    }
-    while (true) {
-      std::size_t best = 0;
-      for (std::size_t i = 0; i < candidates.size(); ++i) {
-        // A partner that has started meanwhile is none any more.
-        if (candidates[i].pair != kNoHop && !startable(candidates[i].pair)) {
-          candidates[i] = best_of(touched_[i]);
-        }
-        if (candidates[i].pair != kNoHop && better(candidates[i], candidates[best])) best = i;
-      }
-      if (candidates.empty() || candidates[best].pair == kNoHop) break;
-      start(candidates[best].pair, now);
-      candidates[best] = {};
+    if (touched_.size() <= kFew) {
+      match_few(now);
+    } else {
+      match_many(now);
     }
     touched_.clear();
+  }
+
+  // Mostly one or two ends are touched, and a hundred idle ones could serve them: only the touched
+  // ends' best pairs are looked for, again whenever a partner has started meanwhile.
+  void match_few(double now) {
+    std::vector<std::uint32_t> best;  // pair of each touched end
+    for (const std::size_t end : touched_) {
+      ends_[end].touched = false;
+      best.push_back(best_of(end));
+    }
+    while (true) {
+      std::uint32_t first = kNoHop;
+      for (std::size_t i = 0; i < best.size(); ++i) {
+        if (best[i] == kNoHop) continue;
+        const Pair& pair = pairs_[best[i]];
+        if (free_[pair.ends[0]] == kBusy || free_[pair.ends[1]] == kBusy) {
+          best[i] = best_of(touched_[i]);
+        }
+        if (best[i] != kNoHop && (first == kNoHop || before(best[i], first))) first = best[i];
+      }
+      if (first == kNoHop) return;
+      start(first, now);
+    }
+  }
+
+  // By the rank of the better end, then of the other, then the number.
+  bool before(std::uint32_t a, std::uint32_t b) const {
+    const auto ranked = [&](std::uint32_t number) {
+      const Pair& pair = pairs_[number];
+      return outranks(pair.ends[1], pair.ends[0]) ? std::pair(pair.ends[1], pair.ends[0])
+                                                  : std::pair(pair.ends[0], pair.ends[1]);
+    };
+    const auto [a_first, a_second] = ranked(a);
+    const auto [b_first, b_second] = ranked(b);
+    if (a_first != b_first) return outranks(a_first, b_first);
+    if (a_second != b_second) return outranks(a_second, b_second);
+    return a < b;
+  }
+
+  // After a round of messages that end together, all ends that could take part are ranked once.
+  void match_many(double now) {
+    std::size_t open = 0;  // touched ends that some pair could still use
+    for (const std::size_t end : touched_) {
+      ends_[end].touched = false;
+      bool usable = false;
+      for (const Link link : ends_[end].active) {
+        if (free_[end] == kBusy || free_[link.partner] == kBusy) continue;
+        usable = true;
+        list(link.partner);
+      }
+      if (!usable) continue;
+      list(end);
+      ends_[end].open = true;
+      ++open;
+    }
+    const auto below = [](const Listed& a, const Listed& b) {
+      return a.left != b.left ? a.left < b.left : a.end > b.end;
+    };
+    std::make_heap(listed_.begin(), listed_.end(), below);
+    for (auto last = listed_.end(); open > 0 && last != listed_.begin(); --last) {
+      std::pop_heap(listed_.begin(), last, below);
+      const std::size_t end = std::prev(last)->end;
+      const std::uint32_t pair = best_of(end);
+      std::size_t settled[3] = {end, end, end};
+      if (pair != kNoHop) {
+        std::copy(std::begin(pairs_[pair].ends), std::end(pairs_[pair].ends), settled);
+        start(pair, now);
+      }
+      for (const std::size_t it : settled) open -= std::exchange(ends_[it].open, false) ? 1 : 0;
+    }
+    for (const Listed& it : listed_) ends_[it.end].listed = ends_[it.end].open = false;
+    listed_.clear();
+  }
+
+  // With what it had left before the round began: starting changes that, and not the order.
+  struct Listed {
+    std::int64_t left = 0;
+    std::size_t end = 0;
+  };
+
+  void list(std::size_t end) {
+    if (std::exchange(ends_[end].listed, true)) return;
+    listed_.push_back({ends_[end].left, end});
   }
 
   void start(std::uint32_t number, double now) {
@@ -252,6 +307,7 @@ class Planned {
   std::vector<std::uint32_t> child_;    // the first hop that waits for this one
   std::vector<std::uint32_t> sibling_;  // the next that waits for the same
   std::vector<std::size_t> touched_;
+  std::vector<Listed> listed_;
   using Running = std::pair<double, std::size_t>;
   std::priority_queue<Running, std::vector<Running>, std::greater<>> running_;
   Simulation result_;

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import naive_simulation
+import numpy as np
 import pytest
 from hypothesis import given
 from route_worlds import routes, rows
@@ -100,3 +101,23 @@ def test_what_it_prints_and_refuses() -> None:
         route.simulate(window=0)
     empty = route_demands([], [], [])
     assert empty.simulate().seconds == empty.simulate("natural").seconds == 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounds_of_many_messages_are_those_of_the_naive_simulation(seed: int) -> None:
+    # Parts of one size: twenty NICs come free together, again and again.
+    random = np.random.default_rng(seed)
+    ranks = 20
+    wanted = [
+        Demand(
+            sorted(random.choice(ranks, 3, replace=False).tolist()),
+            sorted(random.choice(ranks, 4, replace=False).tolist()),
+            [(0, 8)],
+        )
+        for _ in range(30)
+    ]
+    source = [Place(r, r, 0, 0) for r in range(ranks)]
+    destination = [Place(r, ranks + r, 0, 0) for r in range(ranks)]
+    made = route_demands(wanted, source, destination, 1.0, 0.5, 8, relay=seed % 2 == 0)
+    assert rows(made.simulate()) == naive_simulation.planned(made)
+    assert rows(made.simulate("natural")) == naive_simulation.natural(made)
