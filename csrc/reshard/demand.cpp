@@ -13,8 +13,6 @@ namespace {
 // the same owners and receivers.
 class Cells {
  public:
-  using Cuts = std::vector<std::int64_t>;
-
   explicit Cells(std::size_t dims) : cuts_(dims) {}
 
   void cut(const Region& region) {
