@@ -23,7 +23,7 @@ def names() -> list[str]:
     found = (
         m.name
         for m in pkgutil.iter_modules(bench.__path__)
-        if not m.ispkg and m.name not in {"__main__", "ceiling", "harness"}
+        if not m.ispkg and m.name not in {"__main__", "ceiling", "harness", "kimi_k2"}
     )
     return sorted(found)
 
@@ -64,6 +64,9 @@ def run(
         if record.parts is not None:
             console.print(f"\n  {record.case}, medians in ms", highlight=False)
             console.print(_parts(record.parts))
+        if record.figures is not None:
+            console.print(f"\n  {record.case}", highlight=False)
+            console.print(_parts(record.figures, digits=3))
     console.print(
         f"{machine()}; medians of {repeats} interleaved runs, extremes in brackets", highlight=False
     )
@@ -89,16 +92,19 @@ def _table(records: list[Record]) -> Table:
         own = f"{r.value:.2f} {r.unit} [{r.low:.2f} {r.high:.2f}]".replace("[", "\\[")
         for i, peer in enumerate(r.peers):
             first = ("", "") if i else (r.case, own)
-            table.add_row(*first, f"{peer.value:.2f} {r.unit}", peer.name, f"{peer.ratio:.2f}")
+            name = peer.name if peer.rounds == r.rounds else f"{peer.name} (x{peer.rounds})"
+            table.add_row(*first, f"{peer.value:.2f} {r.unit}", name, f"{peer.ratio:.2f}")
+        if not r.peers:
+            table.add_row(r.case, own, "", "", "")
     return table
 
 
-def _parts(parts: dict[str, float]) -> Table:
+def _parts(parts: dict[str, float], digits: int = 0) -> Table:
     table = Table(box=None, padding=(0, 2), show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
-    for part, milliseconds in parts.items():
-        table.add_row(part, f"{milliseconds:.0f}")
+    for part, value in parts.items():
+        table.add_row(part, f"{value:,.{digits}f}")
     return table
 
 

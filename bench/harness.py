@@ -6,8 +6,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Peer:
     """What one peer reached beside ours. value: its median, in the record's unit; ratio: ours
-    against it, the median over the rounds, larger is better."""
+    against it, the median over its rounds, larger is better."""
 
     name: str
     value: float
     ratio: float
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Record:
     """One measured case. value: the median; low, high: the extremes.
 
     With `correct` false there is no time and no peer. parts: median milliseconds of what the sides
-    are made of, where the case can tell.
+    are made of, where the case can tell. figures: what else the case measured, with the unit in
+    each name. rounds: timed runs of ours.
     """
 
     bench: str
@@ -41,6 +43,8 @@ class Record:
     correct: bool
     machine: str
     parts: dict[str, float] | None = None
+    figures: dict[str, float] | None = None
+    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,30 +62,42 @@ class Case:
     """Seconds, read before and after each call; one of a case's own leaves out what is not its."""
     parts: Callable[[], dict[str, float]] | None = None
     """Asked after the last call: median milliseconds of what the calls are made of."""
+    figures: Callable[[], dict[str, float]] | None = None
+    """Asked after the last call: what else was measured."""
+    peer_rounds: Mapping[str, int] = field(default_factory=dict)
+    """Peers too slow for as many rounds as ours gets: how many each may have, without warm-up."""
+    agree: Callable[[], bool] = lambda: True
+    """Looks, after the last call, at what the peers made: whether it is what ours made."""
 
 
 def measure(bench: str, case: Case, repeats: int) -> Record:
     """Check the answer, then time `ours` and the peers in turn, `repeats` times each after a
-    warm-up."""
+    warm-up; the rare rounds of a slow peer come first."""
     metric, unit = ("throughput", "GB/s") if case.nbytes is not None else ("time", "ms")
     case.ours()
     if not case.correct():
         return Record(bench, case.name, metric, unit, None, None, None, (), False, machine())
-    for peer in case.peers.values():
-        peer()
+    for name, peer in case.peers.items():
+        if name not in case.peer_rounds:
+            peer()
     ours: list[float] = []
     peers: dict[str, list[float]] = {name: [] for name in case.peers}
-    for _ in range(repeats):
+    for turn in range(repeats):
         ours.append(_seconds(case.ours, case.clock))
         for name, peer in case.peers.items():
-            peers[name].append(_seconds(peer, case.clock))
+            if turn < case.peer_rounds.get(name, repeats):
+                peers[name].append(_seconds(peer, case.clock))
+    if not case.agree():
+        return Record(bench, case.name, metric, unit, None, None, None, (), False, machine())
 
     def figure(seconds: float) -> float:
         return seconds * 1e3 if case.nbytes is None else case.nbytes / seconds / 1e9
 
     def against(name: str, times: list[float]) -> Peer:
-        ratios = (theirs / own for own, theirs in zip(ours, times, strict=True))
-        return Peer(name, statistics.median(map(figure, times)), statistics.median(ratios))
+        # not strict: a slow peer sat out the later turns
+        ratios = (theirs / own for own, theirs in zip(ours, times, strict=False))
+        median = statistics.median(map(figure, times))
+        return Peer(name, median, statistics.median(ratios), len(times))
 
     figures = [figure(seconds) for seconds in ours]
     return Record(
@@ -96,6 +112,8 @@ def measure(bench: str, case: Case, repeats: int) -> Record:
         True,
         machine(),
         case.parts() if case.parts is not None else None,
+        case.figures() if case.figures is not None else None,
+        repeats,
     )
 
 

@@ -1,4 +1,4 @@
-"""Executing plans: strided copies and casts, against torch's copy_ and one contiguous copy."""
+"""Plans: made at Kimi-K2's size beside other planners, and executed beside torch's copy_."""
 
 from __future__ import annotations
 
@@ -246,7 +246,11 @@ def whole(total: int) -> Case:
 
 
 def cases() -> Iterator[Case]:
-    """What `python -m bench reshard` runs."""
+    """What `python -m bench reshard` runs: planning, then execution."""
+    # here, so that whoever wants one copy's case needs no other planner
+    from bench.planning.cases import cases as planning
+
+    yield from planning()
     yield whole(256 * MIB)
     for row_bytes in (256, 1024, 4096, 65536):
         yield gather(row_bytes, 256 * MIB)

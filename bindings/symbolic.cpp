@@ -108,6 +108,9 @@ void bind_symbolic_plan(py::module_& module) {
       .def_property_readonly(
           "destination", [](const SymbolicPlan& self) { return shared(self.shared_destination()); })
       .def_property_readonly("proof", &SymbolicPlan::proof, "In numbers of the whole model.")
+      .def_property_readonly(
+          "groups", [](const SymbolicPlan& self) { return self.groups().size(); },
+          "How many templates were planned and proven; the rest are their instances.")
       .def("of_rank", &SymbolicPlan::of_rank, py::arg("destination_rank"),
            "The Plan that fills one destination rank; its source holds what this rank reads.\n"
            "PlanError if there is no such rank.",

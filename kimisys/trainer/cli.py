@@ -1,4 +1,4 @@
-"""The command line: `kimisys train`, `sft`, `eval`, `generate`, `export`, `report`."""
+"""The command line: `kimisys train`, `sft`, `eval`, `generate`, `export`, `report`, `plan`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from kimisys.errors import KimisysError
+from kimisys.errors import KimisysError, LayoutError
 from kimisys.trainer.config import (
     ConfigError,
     EvalConfig,
@@ -24,6 +24,7 @@ from kimisys.trainer.config import (
     RunConfig,
     TrainConfig,
 )
+from kimisys.trainer.plan_config import PlanConfig
 from kimisys.trainer.run_folder import (
     check_resumable,
     command_of,
@@ -40,8 +41,8 @@ Flat = tyro.conf.arg(name="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 130
-    interrupted."""
+    """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 2 an
+    illegal layout, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console(width=None if sys.stdout.isatty() else 110, markup=False)
     with _told(console):
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
-    """The commands by name; a run that is resumed takes its defaults from what was `saved`."""
+    """The commands by name, those that train first; a run that is resumed takes its defaults from
+    what was `saved`."""
     started = time.monotonic()
     train_defaults = saved if isinstance(saved, TrainConfig) else TrainConfig()
     sft_defaults = RunConfig() if saved is None or isinstance(saved, TrainConfig) else saved
@@ -67,6 +69,10 @@ def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
         """Supervised steps alone, on a task's demonstrations."""
         _run(config, saved, console, started)
 
+    return {"train": train, "sft": sft, **_other_commands(console)}
+
+
+def _other_commands(console: Console) -> dict[str, Any]:
     def evaluate(config: Annotated[EvalConfig, Flat]) -> None:
         """Measure a model: pass@1, pass@k, completion length, on a task's held-out problems."""
         config.check()
@@ -98,13 +104,24 @@ def _commands(console: Console, saved: RunConfig | None) -> dict[str, Any]:
 
         console.print(str(write_report(folder)), highlight=False, soft_wrap=True)
 
+    def plan(config: Annotated[PlanConfig, Flat]) -> None:
+        """Plan a weight sync from configurations alone (no weights, no GPU), for example: kimisys
+        plan --model kimi-k2 --train tp=8,pp=8,ep=32,etp=1,first=7,last=6 --infer tp=16,dp=8,ep=on
+        --plot k2.png"""
+        config.check()
+        from kimisys.adapters.vllm import environment
+
+        environment.apply(1)  # before vLLM is imported: it says less, and asks no network
+        from kimisys.trainer.plan_command import run
+
+        run(config, console)
+
     return {
-        "train": train,
-        "sft": sft,
         "eval": evaluate,
         "generate": generate,
         "export": export,
         "report": report,
+        "plan": plan,
     }
 
 
@@ -164,7 +181,7 @@ def _told(console: Console) -> Iterator[None]:
         name = type(error).__name__
         errors.print(Text(name, "bold red"), Text(f": {error}"), sep="", soft_wrap=True)
         _print_notes(errors, error)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, LayoutError) else 1)
     except KeyboardInterrupt as interrupt:
         errors.print("interrupted: every process of the run has ended", highlight=False)
         _print_notes(errors, interrupt)
