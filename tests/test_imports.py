@@ -27,6 +27,7 @@ ALLOWED = {
     },
     "kimisys.adapters.vllm": {
         "numpy", "torch", "vllm", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast",
+        "kimisys.adapters.trace_cache",
     },
     "kimisys.adapters.ray": {"ray", "kimisys.errors"},
     "kimisys.adapters": set(),
