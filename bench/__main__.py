@@ -6,6 +6,8 @@ import importlib
 import json
 import pkgutil
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -35,13 +37,15 @@ def run(
 ) -> int:
     """Run the benchmark NAME; without a name, list what there is.
 
-    Every case checks its answer, then times ours and its peers in turn. Exit status 1: a wrong
-    answer.
+    Every case checks its answer, then times ours and its peers in turn; it says on stderr when it
+    is done, the results come at the end. The whole of `reshard` takes many minutes: a single plan
+    of mooncake.reshard takes some, and so does tracing Kimi-K2 for the first time. Exit status 1:
+    a wrong answer.
 
     Args:
         name: Which benchmark.
-        json_file: Also write the records to this file.
-        repeats: Timed runs of ours and of each peer.
+        json_file: Also write the records to this file, anew after each case.
+        repeats: Timed runs of ours and of each peer; a peer that takes minutes gets one.
     """
     console = Console(width=None if sys.stdout.isatty() else 110)
     if not name:
@@ -55,10 +59,15 @@ def run(
     if json_file is not None and not json_file.parent.is_dir():
         console.print(f"--json: there is no folder {json_file.parent}")
         return 2
-    records = []
-    for case in importlib.import_module(f"bench.{name}").cases():
-        with console.status(case.name):
-            records.append(measure(name, case, repeats))
+    if repeats < 1:
+        console.print(f"--repeats is {repeats}; it must be 1 at least")
+        return 2
+    records: list[Record] = []
+    for record in _measured(name, repeats):
+        records.append(record)
+        if json_file is not None:
+            text = json.dumps([asdict(each) for each in records], indent=2)
+            json_file.write_text(text + "\n")
     console.print(_table(records))
     for record in records:
         if record.parts is not None:
@@ -70,9 +79,24 @@ def run(
     console.print(
         f"{machine()}; medians of {repeats} interleaved runs, extremes in brackets", highlight=False
     )
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n")
     return 0 if all(record.correct for record in records) else 1
+
+
+def _measured(name: str, repeats: int) -> Iterator[Record]:
+    """Case after case, telling on stderr what goes on and what is done."""
+    told = Console(stderr=True, markup=False, highlight=False)
+    with told.status("the first case is made") as status:
+        started = time.monotonic()
+        for number, case in enumerate(importlib.import_module(f"bench.{name}").cases(), start=1):
+            title = f"case {number}: {case.name}"
+
+            def tell(what: str, title: str = title) -> None:
+                status.update(f"{title}: {what}")
+
+            yield measure(name, case, repeats, tell)
+            told.print(f"{time.monotonic() - started:7.1f} s  {title}", soft_wrap=True)
+            started = time.monotonic()
+            status.update(f"case {number + 1} is made")
 
 
 def _table(records: list[Record]) -> Table:

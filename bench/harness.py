@@ -70,23 +70,30 @@ class Case:
     """Looks, after the last call, at what the peers made: whether it is what ours made."""
 
 
-def measure(bench: str, case: Case, repeats: int) -> Record:
+def measure(
+    bench: str, case: Case, repeats: int, tell: Callable[[str], object] = lambda what: None
+) -> Record:
     """Check the answer, then time `ours` and the peers in turn, `repeats` times each after a
-    warm-up; the rare rounds of a slow peer come first."""
+    warm-up; the rare rounds of a slow peer come first. tell: hears what comes next, untimed."""
     metric, unit = ("throughput", "GB/s") if case.nbytes is not None else ("time", "ms")
+    tell("the answer is checked")
     case.ours()
     if not case.correct():
         return Record(bench, case.name, metric, unit, None, None, None, (), False, machine())
     for name, peer in case.peers.items():
         if name not in case.peer_rounds:
+            tell(f"warm-up, {name}")
             peer()
     ours: list[float] = []
     peers: dict[str, list[float]] = {name: [] for name in case.peers}
     for turn in range(repeats):
+        tell(f"round {turn + 1} of {repeats}, kimisys")
         ours.append(_seconds(case.ours, case.clock))
         for name, peer in case.peers.items():
             if turn < case.peer_rounds.get(name, repeats):
+                tell(f"round {turn + 1} of {case.peer_rounds.get(name, repeats)}, {name}")
                 peers[name].append(_seconds(peer, case.clock))
+    tell("the peers' answers and other figures")
     if not case.agree():
         return Record(bench, case.name, metric, unit, None, None, None, (), False, machine())
 

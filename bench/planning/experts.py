@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from kimisys.reshard import Buffer, Fragment, Layout, Plan, Region, Tensor, itemsize
+import numpy as np
+
+from kimisys.reshard import Buffer, Layout, Plan, Tensor, itemsize
 
 Traffic = Counter[tuple[int, int]]
 """Bytes by (source rank, destination rank)."""
@@ -79,37 +81,63 @@ class ExpertPlacement:
 
     def _pieces(self, layer: int, first: int, ranks: int) -> Iterator[Piece]:
         held = self.experts // ranks
-        prefix = f"model.layers.{layer}.mlp.experts"
         for kind, shape in self.matrices.items():
+            names = self._names(layer, kind)
             if self.stacked:
-                name, all_ = f"{prefix}.{kind}", (self.experts, *shape)
+                all_ = (self.experts, *shape)
                 for rank in range(ranks):
                     box = (rank * held, 0, 0), (held, *shape)
-                    yield Piece(name, all_, layer, None, first + rank, *box)
+                    yield Piece(names[0], all_, layer, None, first + rank, *box)
             else:
-                for expert in range(self.experts):
-                    name, rank = f"{prefix}.{expert}.{kind}.weight", first + expert // held
+                for expert, name in enumerate(names):
+                    rank = first + expert // held
                     yield Piece(name, shape, layer, expert, rank, (0, 0), shape)
+
+    def _names(self, layer: int, kind: str) -> list[str]:
+        """A matrix of all experts of a layer: one tensor where they are stacked."""
+        prefix = f"model.layers.{layer}.mlp.experts"
+        if self.stacked:
+            return [f"{prefix}.{kind}"]
+        return [f"{prefix}.{expert}.{kind}.weight" for expert in range(self.experts)]
 
     def layouts(self) -> tuple[Layout, Layout]:
         """The source and the destination for `kimisys.reshard.plan`."""
-        return self._layout(self.source()), self._layout(self.destination())
+        first = [self.stage(layer) * self.source_expert_ranks for layer in range(self.layers)]
+        return (
+            self._layout(first, self.source_expert_ranks),
+            self._layout([0] * self.layers, self.destination_ranks),
+        )
 
-    def _layout(self, pieces: Iterable[Piece]) -> Layout:
-        size = itemsize(self.dtype)
-        tensors: dict[str, Tensor] = {}
-        buffers, fragments = [], []
-        regions: dict[object, tuple[Region, int, list[int]]] = {}
-        for name, shape, _, _, rank, offset, extent in pieces:
-            if name not in tensors:
-                tensors[name] = Tensor(name, self.dtype, shape)
-            if (offset, extent) not in regions:
-                strides = [size * prod(extent[i + 1 :]) for i in range(len(extent))]
-                regions[offset, extent] = Region(offset, extent), size * prod(extent), strides
-            region, nbytes, strides = regions[offset, extent]
-            buffers.append(Buffer(rank, name, nbytes))
-            fragments.append(Fragment(name, region, rank, name, 0, strides))
-        return Layout(list(tensors.values()), buffers, fragments)
+    def _layout(self, first: list[int], ranks: int) -> Layout:
+        """The pieces of one side as columns, as an adapter gives many; each has a dense buffer.
+        first: of each layer, the rank that holds expert 0."""
+        size, held = itemsize(self.dtype), self.experts // ranks
+        shapes = list(self.matrices.values())
+        pieces = ranks if self.stacked else self.experts  # of each matrix of a layer
+        tensors = [
+            Tensor(name, self.dtype, (self.experts, *shape) if self.stacked else shape)
+            for layer in range(self.layers)
+            for kind, shape in self.matrices.items()
+            for name in self._names(layer, kind)
+        ]
+        names = [tensor.name for tensor in tensors]
+        number = np.arange(self.layers * len(shapes) * pieces)
+        tensor = number // pieces if self.stacked else number
+        owner = number % pieces // (1 if self.stacked else held)
+        rank = np.repeat(first, len(shapes) * pieces) + owner
+        boxes = [(held, *shape) if self.stacked else shape for shape in shapes]
+        extent = np.repeat(np.tile(boxes, (self.layers, 1)), pieces, axis=0)
+        offset = np.zeros_like(extent)
+        if self.stacked:
+            offset[:, 0] = owner * held
+        strides = np.full_like(extent, size)
+        strides[:, :-1] *= np.cumprod(extent[:, :0:-1], axis=1)[:, ::-1]
+        nbytes = strides[:, 0] * extent[:, 0]
+        rows = zip(rank.tolist(), tensor.tolist(), nbytes.tolist(), strict=True)
+        return Layout.from_arrays(
+            tensors, [Buffer(r, names[t], n) for r, t, n in rows], tensor, number, offset, extent,
+            np.zeros_like(number), strides,
+        )  # fmt: skip
 
     def traffic(self) -> Traffic:
         """What any right plan moves: counted one expert after the other."""

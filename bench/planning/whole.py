@@ -8,21 +8,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
 from bench.harness import Case
+from bench.kimi_k2 import places
 from kimisys.adapters.megatron.offline import offline_layout
 from kimisys.adapters.megatron.parallel import Parallel
 from kimisys.adapters.vllm.offline import engine_layout
 from kimisys.adapters.vllm.parallel import EngineParallel
-from kimisys.reshard import Place, SymbolicLayout, route, symbolic_plan
+from kimisys.reshard import SymbolicLayout, route, symbolic_plan
 from kimisys.reshard.bound import bound
 from kimisys.trainer.plan_config import model_config
-
-RANKS_PER_NODE = 8  # a NIC each
 
 T = TypeVar("T")
 
@@ -98,28 +96,15 @@ def world(folder: Path, model: str, train: str, infer: str) -> World:
     parallel, engine = Parallel.parse(train), EngineParallel.parse(infer)
     source, of_megatron = timed(lambda: offline_layout(config, parallel))
     destination, of_vllm = timed(lambda: engine_layout(config, source.tensors, engine, "bfloat16"))
-    nodes = -(-parallel.world_size // RANKS_PER_NODE)
-    source = SymbolicLayout(source.blocks, places(parallel.world_size, 0))
-    destination = SymbolicLayout(destination.blocks, places(engine.world_size, nodes))
+    on_nodes = places(parallel.world_size, 0)
+    source = SymbolicLayout(source.blocks, on_nodes)
+    next_node = on_nodes[-1].node + 1
+    destination = SymbolicLayout(destination.blocks, places(engine.world_size, next_node))
     folder.mkdir()
     (folder / "source").write_bytes(source.to_bytes())
     (folder / "destination").write_bytes(destination.to_bytes())
     traced = {"trace Megatron, s": of_megatron, "trace vLLM, s": of_vllm}
     return World(folder, source, destination, traced)
-
-
-@cache
-def megatron_side(model: str, train: str) -> tuple[SymbolicLayout, float]:
-    """Its layout, and the seconds that tracing took."""
-    return timed(lambda: offline_layout(model_config(model)[1], Parallel.parse(train)))
-
-
-def places(ranks: int, first_node: int) -> list[Place]:
-    """Ranks on nodes, a device and a NIC each."""
-    return [
-        Place(r, first_node + r // RANKS_PER_NODE, r % RANKS_PER_NODE, r % RANKS_PER_NODE)
-        for r in range(ranks)
-    ]
 
 
 def whole(folder: Path, model: str, train: str, infer: str, routed: bool = True) -> Case:

@@ -25,19 +25,21 @@ from kimisys.reshard import implementations as on_cpu
 Tensors: TypeAlias = Mapping[tuple[int, str], torch.Tensor]
 
 FORCED = "KIMISYS_STRIDED_COPY_IMPLEMENTATION"
+_REMEDY = "install triton, and unset TRITON_INTERPRET"
 
 
 def implementations(device: torch.device | str = "cpu") -> list[str]:
     """Names for ``bind`` on tensors of this device, the default first.
 
-    "triton" on a GPU; on the CPU those of ``kimisys.reshard``, and "triton" too where its
-    interpreter is on (``TRITON_INTERPRET=1`` when Triton is imported).
+    "triton" on a GPU; on the CPU those of ``kimisys.reshard``. Where Triton's interpreter is on
+    (``TRITON_INTERPRET=1`` when Triton is imported), "triton" is for the CPU instead.
     """
     has_triton = importlib.util.find_spec("triton") is not None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if torch.device(device).type == "cuda":
-        return ["triton"] if has_triton else []
-    interpreted = has_triton and os.environ.get("TRITON_INTERPRET") == "1"
-    return [*on_cpu(), "triton"] if interpreted else on_cpu()
+        # the interpreter runs on the host, where the table's addresses would not be memory
+        return ["triton"] if has_triton and not interpreted else []
+    return [*on_cpu(), "triton"] if has_triton and interpreted else on_cpu()
 
 
 class Bound:
@@ -80,7 +82,7 @@ def bind(
     if name not in known:
         raise LayoutError(
             f"unknown strided copy implementation '{name}' (argument or {FORCED}) on {device}: "
-            f"there {'is ' + ', '.join(known) if known else 'is none: install triton'}"
+            f"there {'is ' + ', '.join(known) if known else 'is none: ' + _REMEDY}"
         )
     _check_contiguous(sources, "source")
     _check_contiguous(destinations, "destination")

@@ -159,6 +159,11 @@ class Recorder(TorchDispatchMode):
         piece = Piece(tuple(destination.shape), (_side(destination), _side(source)))
         for part, root in self._resolve(piece, origin, to.name):
             if to.role == "destination":
+                if root.role != "source":  # its name may be a source's too, of other elements
+                    raise TraceError(
+                        f"{to.name!r} receives elements of {root.name!r}, which is no source but a "
+                        f"{root.role} tensor; copy them from the source that they came from"
+                    )
                 self.writes.append(Write(to, root, part))
             elif destination.dtype == source.dtype:
                 to.fill(part, root)

@@ -80,8 +80,8 @@ def investigate(config: PlanConfig, console: Console) -> PlanReport:
         model=name,
         train=config.train,
         infer=config.infer,
-        source_ranks=len(source.ranks),
-        destination_ranks=len(destination.ranks),
+        source_ranks=train.world_size,
+        destination_ranks=infer.world_size,
         tensors=destination.tensor_count,
         trace_train=asking_megatron.seconds,
         trace_infer=asking_vllm.seconds,
@@ -109,8 +109,9 @@ def placed(
     source: SymbolicLayout, destination: SymbolicLayout, config: PlanConfig
 ) -> tuple[SymbolicLayout, SymbolicLayout]:
     """Both sides on nodes: the destination's after the source's, or the same if colocated."""
-    nodes = -(-len(source.ranks) // config.ranks_per_node)
-    first = 0 if config.colocated else nodes
+    # not how many there are: a rank that holds nothing has its seat too
+    last = max(source.ranks, default=-1) // config.ranks_per_node
+    first = 0 if config.colocated else last + 1
     return (
         SymbolicLayout(source.blocks, _places(source, 0, config.ranks_per_node)),
         SymbolicLayout(destination.blocks, _places(destination, first, config.ranks_per_node)),

@@ -50,6 +50,10 @@ class PlanConfig:
         for option, file in (("--plot", self.plot), ("--json", self.json)):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ConfigError(f"{option}: there is no folder {file.absolute().parent}")
+            if file is not None and file.is_dir():
+                raise ConfigError(f"{option}: {file} is a folder; name a file")
+        if self.plot is not None and self.plot.suffix.lower() != ".png":
+            raise ConfigError(f"--plot: {self.plot} is drawn as PNG; name it *.png")
 
 
 def shipped() -> dict[str, Traversable]:

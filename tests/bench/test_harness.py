@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -108,6 +109,32 @@ def test_json_and_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [r["correct"] for r in records] == [True, False]
     assert list(records[0]) == KEYS
     assert run("no-such-benchmark") == 2
+    assert run("reshard", repeats=0) == 2
+
+
+def test_who_waits_is_told_how_far_it_is_and_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cases() -> Iterator[Case]:
+        yield case(True)
+        raise RuntimeError("the second case cannot be made")
+
+    monkeypatch.setattr(importlib.import_module("bench.reshard"), "cases", cases)
+    with pytest.raises(RuntimeError, match="second case"):
+        run("reshard", tmp_path / "out.json", repeats=2)
+    assert "case 1: c" in capsys.readouterr().err
+    assert [r["case"] for r in json.loads((tmp_path / "out.json").read_text())] == ["c"]
+
+
+def test_what_comes_next_is_told() -> None:
+    told: list[str] = []
+    slow = Case("c", lambda: None, {"peer": lambda: None}, lambda: True, peer_rounds={"peer": 1})
+    measure("b", slow, repeats=2, tell=told.append)
+    assert [what for what in told if what.endswith(("kimisys", "peer"))] == [
+        "round 1 of 2, kimisys",
+        "round 1 of 1, peer",
+        "round 2 of 2, kimisys",
+    ]
 
 
 def test_a_digest_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,19 @@ def test_stacked_experts_are_the_same_bytes_in_fewer_copies() -> None:
     assert mooncake_peer.traffic_of(mooncake_peer.planned(*manifests), 4) == SMALL.traffic()
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_our_layouts_are_the_pieces_that_the_peers_are_given(stacked: bool) -> None:
+    placement = replace(SMALL, stacked=stacked)
+    sides = zip(placement.layouts(), (placement.source(), placement.destination()), strict=True)
+    for layout, pieces in sides:
+        shapes = {tensor.name: tuple(tensor.shape) for tensor in layout.tensors}
+        held = [
+            (f.tensor, shapes[f.tensor], f.rank, tuple(f.region.offset), tuple(f.region.extent))
+            for f in layout.fragments
+        ]
+        assert held == [(p.tensor, p.shape, p.rank, p.offset, p.extent) for p in pieces]
+
+
 def test_the_cases_give_right_answers() -> None:
     for case in [*experts(SMALL), *experts(replace(SMALL, stacked=True))]:
         record = measure("reshard", case, repeats=3)

@@ -37,6 +37,7 @@ def same(written: Buffers, wanted: Buffers) -> bool:
 
 def test_it_is_interpreted() -> None:
     assert "triton" in implementations("cpu")
+    assert implementations("cuda") == []  # the interpreter cannot read a device's memory
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from kimisys.reshard import Demand, Place
+from kimisys.reshard import Demand
 
 HIDDEN, EXPERTS, WIDTH, DENSE_WIDTH = 7168, 384, 2048, 18432
 HEADS, VOCABULARY, LAYERS = 64, 163840, 61
@@ -38,11 +38,6 @@ class Engine:
     @property
     def ranks(self) -> int:
         return self.tensor * self.copies
-
-
-def places(ranks: int, first_node: int, per_node: int = 8) -> list[Place]:
-    """One NIC and device for each rank."""
-    return [Place(r, first_node + r // per_node, r % per_node, r % per_node) for r in range(ranks)]
 
 
 class Collector:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from route_worlds import demands, places, routes
+from route_worlds import demands, routes
+from route_worlds import places as random_places
 
+from bench.kimi_k2 import places
 from kimisys.reshard import Demand, Place, Route, route_demands
 from kimisys.reshard.bound import _flows, _merge_alike, _program, _solve, bound
 
@@ -66,7 +68,7 @@ def small_worlds(draw: st.DrawFn) -> tuple[list[Demand], list[Place], list[Place
     """Up to three receivers and three demands, at most five transfers between nodes."""
     wanted = draw(demands(2, 3, 3))
     wanted = [d for d in wanted if d.bytes]
-    source, destination = draw(places(2, 5)), draw(places(3, 5))
+    source, destination = draw(random_places(2, 5)), draw(random_places(3, 5))
     node = [{p.rank: p.node for p in side} for side in (source, destination)]
     transfers = 0
     kept = []
@@ -132,7 +134,7 @@ def test_bounds_that_one_can_see() -> None:
 def test_kimi_k2_within_a_tenth_of_the_bound(experts: str) -> None:
     trainer, engine = k2.Trainer(), k2.Engine(experts)
     wanted = k2.demands(trainer, engine)
-    source, destination = k2.places(trainer.ranks, 0), k2.places(engine.ranks, 1000)
+    source, destination = places(trainer.ranks, 0), places(engine.ranks, 1000)
     made = route_demands(wanted, source, destination)
     lowest = bound(made)
     planned = made.simulate()

@@ -115,6 +115,25 @@ def test_data_assignment_is_refused_by_name() -> None:
     refused(assign, "'weight' was replaced")
 
 
+def test_what_was_loaded_is_no_source() -> None:
+    """A parameter's name may be a tensor's as well: its elements are not the tensor's."""
+
+    def load(weights: dict[str, torch.Tensor]) -> None:
+        parameters["w"].copy_(weights["w"].t())
+        parameters["tied"].copy_(parameters["w"])
+
+    def load_from_a_buffer(weights: dict[str, torch.Tensor]) -> None:
+        parameters["w"].copy_(weights["w"])
+        parameters["tied"].copy_(buffers["scale"].clone())
+
+    parameters, buffers = meta(w=(4, 4), tied=(4, 4)), meta(scale=(4, 4))
+    tensors = [Tensor("w", "float32", (4, 4))]
+    with pytest.raises(TraceError, match=r"'tied' receives elements of 'w', .* a destination"):
+        trace_layout(tensors, parameters, load, rank=0)
+    with pytest.raises(TraceError, match=r"'tied' receives elements of 'scale', .* a guarded"):
+        trace_layout(tensors, parameters, load_from_a_buffer, rank=0, guarded=buffers)
+
+
 def test_a_source_is_not_written() -> None:
     refused(lambda s, d: s["s"].copy_(d["weight"]), "writes into source 's'")
     refused(lambda s, d: s["s"].zero_(), "overwrites source 's'")

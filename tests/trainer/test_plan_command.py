@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,20 @@ from kimisys.adapters.megatron.offline import offline_layout
 from kimisys.adapters.megatron.parallel import Parallel
 from kimisys.adapters.vllm.offline import engine_layout
 from kimisys.adapters.vllm.parallel import EngineParallel
-from kimisys.reshard import Fragment, Layout, itemsize
+from kimisys.reshard import (
+    Block,
+    Buffer,
+    Fragment,
+    Instance,
+    Layout,
+    Region,
+    SymbolicLayout,
+    Tensor,
+    itemsize,
+)
 from kimisys.trainer.cli import main
-from kimisys.trainer.plan_config import model_config, shipped
+from kimisys.trainer.plan_command import placed
+from kimisys.trainer.plan_config import PlanConfig, model_config, shipped
 
 TRAIN, INFER = "tp=1,pp=2,ep=2,etp=1", "tp=2,ep=on,replicas=2"
 
@@ -134,6 +146,37 @@ def test_an_illegal_layout_ends_with_one_message(
     told = capsys.readouterr().err
     assert told.startswith("LayoutError: ") and message in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "message"),
+    [
+        ("--plot", "plan.tiff", "--plot: .*plan.tiff is drawn as PNG"),
+        ("--plot", "absent/plan.png", "--plot: there is no folder"),
+        ("--json", ".", "--json: .* is a folder"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_anything_is_traced(
+    option: str, file: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--model", "absent", "--train", TRAIN, "--infer", INFER,
+              option, str(tmp_path / file)])  # fmt: skip
+    assert ended.value.code == 1
+    assert re.match(f"ConfigError: {message}", capsys.readouterr().err)
+
+
+def test_a_rank_that_holds_nothing_keeps_its_seat() -> None:
+    held = Layout(
+        [Tensor("w", "int8", [1])],
+        [Buffer(0, "w", 1)],
+        [Fragment("w", Region([0], [1]), 0, "w", 0, [1])],
+    )
+    side = SymbolicLayout([Block(held, [Instance("", [9])])])
+    config = PlanConfig("", "", "", ranks_per_node=8)
+    source, destination = placed(side, side, config)
+    assert [(p.rank, p.node, p.device) for p in source.places] == [(9, 1, 1)]
+    assert [p.node for p in destination.places] == [3]  # the source's nodes are 0 and 1
 
 
 @pytest.mark.parametrize("model_name", ["no-such-model", "/dev/null"])
