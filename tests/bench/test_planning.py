@@ -75,7 +75,10 @@ def test_a_peer_that_plans_other_transfers_is_seen(monkeypatch: pytest.MonkeyPat
         assert not measure("reshard", case, repeats=2).correct, case.name
 
 
-def test_a_whole_model_is_planned_in_a_child_and_checked(tmp_path: Path) -> None:
+def test_a_whole_model_is_planned_in_a_child_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = tmp_path / "tiny" / "config.json"
     model.parent.mkdir()
     model.write_text(json.dumps(tiny_config("qwen3_moe")))

@@ -2,7 +2,7 @@
 
 Builds the extension in build/gpu-check, offline, runs tests/gpu and the benchmarks beside them,
 and writes one JSON file. Needs Python 3.11 or later, a C++20 compiler, CMake, numpy, pybind11 and
-torch; pytest for the tests. Exit status: 0; 1 when something failed, or was left out beside a GPU;
+torch with Triton; pytest for the tests. Exit status: 0; 1 when something failed, or was left out beside a GPU;
 2 when something is missing for the build. Without a GPU it builds, and says what it did not test.
 """
 
