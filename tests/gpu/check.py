@@ -2,8 +2,9 @@
 
 Builds the extension in build/gpu-check, offline, runs tests/gpu and the benchmarks beside them,
 and writes one JSON file. Needs Python 3.11 or later, a C++20 compiler, CMake, numpy, pybind11 and
-torch with Triton; pytest for the tests. Exit status: 0; 1 when something failed, or was left out beside a GPU;
-2 when something is missing for the build. Without a GPU it builds, and says what it did not test.
+torch with Triton; pytest for the tests. Exit status: 0; 1 when something failed, or was left out
+beside a GPU; 2 when something is missing for the build. Without a GPU it builds, and says what it
+did not test.
 """
 
 from __future__ import annotations
