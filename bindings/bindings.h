@@ -9,7 +9,7 @@ void bind_errors(pybind11::module_& module);
 void bind_reshard(pybind11::module_& module);
 void bind_symbolic(pybind11::module_& reshard);  // called by bind_reshard
 void bind_table(pybind11::module_& module);
-void bind_route(pybind11::module_& reshard);     // called by bind_reshard
+void bind_route(pybind11::module_& reshard);  // called by bind_reshard
 void bind_broadcast(pybind11::module_& module);
 void bind_quantize(pybind11::module_& module);
 
