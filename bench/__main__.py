@@ -38,14 +38,14 @@ def run(
     """Run the benchmark NAME; without a name, list what there is.
 
     Every case checks its answer, then times ours and its peers in turn; it says on stderr when it
-    is done, the results come at the end. The whole of `reshard` takes many minutes: a single plan
-    of mooncake.reshard takes some, and so does tracing Kimi-K2 for the first time. Exit status 1:
-    a wrong answer.
+    is done, the results come at the end. All of `reshard` takes ten minutes or more: one plan of
+    mooncake.reshard takes over a minute, and so does tracing Kimi-K2 for the first time. Exit
+    status 1: a wrong answer.
 
     Args:
         name: Which benchmark.
         json_file: Also write the records to this file, anew after each case.
-        repeats: Timed runs of ours and of each peer; a peer that takes minutes gets one.
+        repeats: Timed runs of ours and of each peer; a peer that takes a minute gets one.
     """
     console = Console(width=None if sys.stdout.isatty() else 110)
     if not name:

@@ -13,7 +13,7 @@ from bench.planning.experts import ExpertPlacement, Traffic, traffic_of
 from bench.planning.whole import whole
 from kimisys.reshard import plan
 
-MOONCAKE = "mooncake.reshard"  # minutes for each plan of 69,120 copies: one round
+MOONCAKE = "mooncake.reshard"  # over a minute for each plan of 69,120 copies: one round
 MEGATRON = "megatron.core (no proof)"
 
 
