@@ -203,7 +203,8 @@ class Policy:
         return optimizer_state.optimizer_layout(weights, trained)
 
     def optimizer_buffers(self, rank: int) -> dict[tuple[int, str], np.ndarray]:
-        """The optimizer's moments as the buffers of `optimizer_layout`, to save or to load into; after a reset, zeros. `reset_optimizer` leaves them behind: ask again."""
+        """The optimizer's moments as the buffers of `optimizer_layout`, to save or to load into;
+        after a reset, zeros. `reset_optimizer` leaves them behind: ask again."""
         parameters = dict(self.model.named_parameters())
         return optimizer_state.optimizer_buffers(self._optimizer, parameters, rank)
 

@@ -11,8 +11,8 @@ from tiny_models import tiny_config
 from kimisys.adapters.megatron import pipeline, runtime
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import Model, build_model
-from kimisys.adapters.megatron.policy import LossShare, Policy
 from kimisys.adapters.megatron.parallel import Parallel
+from kimisys.adapters.megatron.policy import LossShare, Policy
 from kimisys.reshard import Layout, plan
 
 STEPS = 3

@@ -80,7 +80,9 @@ class Trainer:
         self.model = build_model(config_of(case), torch.float32)
         self.policy = Policy(self.model, ADAM, micro_batch_tokens=30)  # several micro-batches
         weights = model_layout(self.model, config_of(case), rank)
-        self.layouts = dict(zip(FILES, (weights, self.policy.optimizer_layout(weights)), strict=True))
+        self.layouts = dict(
+            zip(FILES, (weights, self.policy.optimizer_layout(weights)), strict=True)
+        )
 
     def buffers(self, file: str) -> dict[tuple[int, str], np.ndarray]:
         if file == "model.safetensors":
