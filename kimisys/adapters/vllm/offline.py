@@ -217,7 +217,7 @@ def _trace_stage(
     ranks = [r for r in range(parallel.engine_size) if parallel.place(r).pipeline == stage]
     whole = build_model(vllm_config, parallel, ranks[0])
     layers = vllm_config.model_config.get_total_num_hidden_layers()
-    prefixes = layer_prefixes(whole.module, layers)
+    prefixes = layer_prefixes(whole.module, layers, parallel.pipeline)
     groups = alike(layer_signatures(whole.module, prefixes, checkpoint))
     del whole
     window = shortest_window(groups) if groups else None
