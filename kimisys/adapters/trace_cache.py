@@ -33,12 +33,16 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def folder() -> Path | None:
-    """Where entries are; None when the cache is off."""
+    """Where entries are; None when the cache is off, or there is no place for it."""
     if os.environ.get(SWITCH, "").lower() == "off":
         return None
     base = os.environ.get("XDG_CACHE_HOME") or ""
     # The specification says to ignore a relative path.
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    try:
+        root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        _log.warning("traces are not kept (%s): set XDG_CACHE_HOME to a folder of yours", error)
+        return None
     return root / "kimisys"
 
 
@@ -46,10 +50,12 @@ def asked(packages: Sequence[str], rooms: Sequence[str]) -> dict[str, Any]:
     """The part of a key that says who was asked, and by which code.
 
     packages: distributions by name, whose versions matter.
-    rooms: folders or files of kimisys, relative to the package, whose code matters.
+    rooms: folders or files of kimisys, relative to the package, whose code matters, beside that
+    of layouts (the compiled core too).
     """
     digest = hashlib.sha256()
-    for room in sorted({"reshard", "adapters/trace_cache.py", *rooms}):
+    core = [file.name for file in _PACKAGE.glob("_core.*")]
+    for room in sorted({*core, "reshard", "adapters/trace_cache.py", *rooms}):
         path = _PACKAGE / room
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(f"{file.relative_to(_PACKAGE)}\0".encode())
@@ -67,7 +73,8 @@ def cached(
 ) -> T:
     """What `make` returns, or what it returned before for the same key.
 
-    kind: a word that starts the file's name. key: of JSON's values; the same for the same answer.
+    kind: a word that starts the file's name. key: of what Python reads out of JSON, Infinity
+    included; the same for the same answer.
     to_bytes, from_bytes: the answer's serialised form. A file that `from_bytes` refuses, with
     whatever error, is made anew.
     Raises what `make` and `to_bytes` raise. A folder that cannot be used costs time only.
@@ -75,7 +82,7 @@ def cached(
     where = folder()
     if where is None:
         return make()
-    named = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    named = json.dumps(key, sort_keys=True, separators=(",", ":")).encode()
     file = where / f"{kind}-{hashlib.sha256(named).hexdigest()[:32]}"
     payload = _read(file, named)
     if payload is not None:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-from kimisys.adapters.megatron.optimizer_state import optimizer_layout
 from kimisys.errors import CheckpointError, LayoutError
-from kimisys.reshard import Layout, Tensor
+from kimisys.reshard import Layout
 from kimisys.reshard.safetensors import new_checkpoint
 from kimisys.trainer.model_folder import ModelFolder
 from kimisys.trainer.progress import Progress
@@ -52,15 +50,16 @@ class Checkpoints:
         lonely = [p for p in self._folder.glob("*.optimizer") if not p.with_suffix("").exists()]
         for stale in (folder, *lonely, *self._folder.glob(".*")):
             shutil.rmtree(stale, ignore_errors=True)
-        weights = Layout.merge([Layout.from_json(text) for text in ranks.call("describe")])
+        weights = _described(ranks, "describe")
         if progress.phase == "sft":  # k1.5 forgets the optimizer's state at every iteration
             steps = json.dumps({"steps": ranks.one("optimizer_steps")}) + "\n"
-            tensors = optimizer_layout(weights).tensors
-            with new_checkpoint(_optimizer(folder), {MOMENTS: tensors}, {STATE: steps}) as made:
-                _fill(ranks, "fill_moments", weights, made / MOMENTS, tensors)
-        files = {**self._model.files("float32"), STATE: progress.to_json()}
-        with new_checkpoint(folder, {WEIGHTS: weights.tensors}, files) as made:
-            _fill(ranks, "fill_weights", weights, made / WEIGHTS, weights.tensors)
+            moments = _described(ranks, "describe_moments")
+            files = {MOMENTS: moments.tensors}
+            with new_checkpoint(_optimizer(folder), files, {STATE: steps}) as made:
+                _fill(ranks, "fill_moments", moments, made / MOMENTS)
+        texts = {**self._model.files("float32"), STATE: progress.to_json()}
+        with new_checkpoint(folder, {WEIGHTS: weights.tensors}, texts) as made:
+            _fill(ranks, "fill_weights", weights, made / WEIGHTS)
         for old in _checkpoints(self._folder)[:-KEPT]:
             shutil.rmtree(old)
             shutil.rmtree(_optimizer(old), ignore_errors=True)
@@ -79,12 +78,15 @@ class Checkpoints:
         ranks.call("load_optimizer", str(path.parent), steps)
 
 
-def _fill(
-    ranks: Ranks, method: str, weights: Layout, file: Path, tensors: Sequence[Tensor]
-) -> None:
+def _described(ranks: Ranks, method: str) -> Layout:
+    """What each rank says that it holds, together."""
+    return Layout.merge([Layout.from_json(text) for text in ranks.call(method)])
+
+
+def _fill(ranks: Ranks, method: str, layout: Layout, file: Path) -> None:
     """Let each rank write its share; LayoutError unless the shares are the whole file."""
-    written = sum(ranks.call(method, weights.to_json(), str(file)))
-    if written != (whole := sum(tensor.nbytes for tensor in tensors)):
+    written = sum(ranks.call(method, layout.to_json(), str(file)))
+    if written != (whole := sum(tensor.nbytes for tensor in layout.tensors)):
         raise LayoutError(
             f"the ranks wrote {written} of the {whole} bytes of {file}: they do not agree on the "
             "layout"

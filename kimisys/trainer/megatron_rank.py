@@ -14,7 +14,6 @@ import torch
 from kimisys.adapters.megatron import runtime
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_model
-from kimisys.adapters.megatron.optimizer_state import optimizer_layout
 from kimisys.adapters.megatron.policy import LossShare, Policy
 from kimisys.adapters.ray import Actor
 from kimisys.broadcast import Publisher, snapshot_layout
@@ -104,6 +103,10 @@ class MegatronRank(Actor):
         """The layout of this rank's weights, as JSON."""
         return self.layout.to_json()
 
+    def describe_moments(self) -> str:
+        """The layout of this rank's optimizer moments, as JSON."""
+        return self.policy.optimizer_layout(self.layout).to_json()
+
     def optimizer_steps(self) -> int:
         """Steps since the optimizer's state was zero."""
         return self.policy.optimizer_steps
@@ -113,9 +116,9 @@ class MegatronRank(Actor):
         return self._fill(Layout.from_json(layout), file, self.buffers)
 
     def fill_moments(self, layout: str, file: str) -> int:
-        """Write this rank's share of a file of the optimizer's moments. layout: of the weights."""
+        """Write this rank's share of a file of the optimizer's moments. layout: of all ranks'."""
         moments = self.policy.optimizer_buffers(self.rank)
-        return self._fill(optimizer_layout(Layout.from_json(layout)), file, moments)
+        return self._fill(Layout.from_json(layout), file, moments)
 
     def _fill(self, layout: Layout, file: str, buffers: Mapping[tuple[int, str], Any]) -> int:
         with open_for_writing(file) as made:
@@ -127,7 +130,8 @@ class MegatronRank(Actor):
         """Fill the optimizer's state, `steps` old, from a folder of moments."""
         checkpoint = open_checkpoint(folder)
         moments = self.policy.optimizer_buffers(self.rank)
-        plan(checkpoint.layout, optimizer_layout(self.layout)).execute(checkpoint.buffers, moments)
+        layout = self.policy.optimizer_layout(self.layout)
+        plan(checkpoint.layout, layout).execute(checkpoint.buffers, moments)
         self.policy.optimizer_steps = steps
 
     def snapshot(self, wire_dtype: str) -> str:

@@ -146,4 +146,27 @@ def test_another_version_and_other_code_are_other_keys(
     monkeypatch.setattr(trace_cache, "_PACKAGE", tmp_path)
     first = asked(["numpy"], ["adapters/vllm"])
     (tmp_path / "adapters/vllm/x.py").write_text("2")
-    assert asked(["numpy"], ["adapters/vllm"])["code"] != first["code"]
+    second = asked(["numpy"], ["adapters/vllm"])
+    assert second["code"] != first["code"]
+    (tmp_path / "_core.abi3.so").write_bytes(b"1")
+    assert asked(["numpy"], ["adapters/vllm"])["code"] != second["code"]
+
+
+def test_a_user_without_a_home_keeps_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    framework = Framework()
+    assert [framework.get(a=1) for _ in range(2)] == ["answer"] * 2
+    assert framework.asked == 2 and "set XDG_CACHE_HOME" in caplog.text
+
+
+def test_a_configuration_may_hold_infinity() -> None:
+    """As some state-space models' do (`time_step_limit`)."""
+    framework = Framework()
+    assert framework.get(limit=[0.0, float("inf")]) == framework.get(limit=[0.0, float("inf")])
+    assert framework.asked == 1

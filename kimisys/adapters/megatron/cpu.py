@@ -64,6 +64,7 @@ class SchedulesTorch:
         return torch.zeros(*size, **options)
 
 
+_ABSENT = object()
 _SPLITS = ("input_splits", "output_splits", "output_splits_tp")
 
 
@@ -91,12 +92,15 @@ def _stay(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return tensor
 
 
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
 def apply() -> None:
     """Answer megatron-core's CUDA calls with the CPU.
 
     Idempotent. Must run before a model is built, which is refused where CUDA is available. It
     changes `torch.cuda.current_device`, `torch.cuda.synchronize` and `torch.Tensor.cuda` for the
-    whole process: a Megatron rank is a process of its own.
+    whole process: a Megatron rank is a process of its own. `applied` puts all back.
     """
     torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
     torch.cuda.synchronize = _synchronize
@@ -112,4 +116,38 @@ def apply() -> None:
     if not isinstance(random_states._CUDA_RNG_STATE_TRACKER, NoRandomStates):
         random_states._CUDA_RNG_STATE_TRACKER = NoRandomStates()
         random_states._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault(_CONNECTIONS, "1")
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """As `apply` inside the block alone: a process that only asks for layouts may use CUDA, and
+    Megatron on it, afterwards."""
+    owners: list[tuple[Any, tuple[str, ...]]] = [
+        (torch.cuda, ("current_device", "synchronize")),
+        (torch.Tensor, ("cuda",)),
+        (schedules, ("torch",)),
+        (moe_utils, ("te_general_gemm",)),
+        (
+            token_dispatcher.MoEAlltoAllTokenDispatcher,
+            ("cuda_dtoh_stream", "_maybe_dtoh_and_synchronize"),
+        ),
+        (multi_latent_attention, ("TELinear",)),
+        (
+            random_states,
+            ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"),
+        ),
+    ]
+    before = [(owner, name, vars(owner).get(name, _ABSENT)) for owner, ns in owners for name in ns]
+    connections = os.environ.get(_CONNECTIONS)
+    apply()
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            if value is not _ABSENT:
+                setattr(owner, name, value)
+            elif name in vars(owner):
+                delattr(owner, name)
+        if connections is None:
+            os.environ.pop(_CONNECTIONS, None)

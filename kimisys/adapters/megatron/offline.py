@@ -32,7 +32,11 @@ from kimisys.adapters.megatron.rules import holdings
 from kimisys.adapters.megatron.seats import Seat, seats
 from kimisys.adapters.megatron.shards import memory_of, model_shards
 from kimisys.adapters.megatron.stages import stage_chunks
+from kimisys.errors import LayoutError
 from kimisys.reshard import SymbolicLayout
+
+_DTYPES = ("bfloat16", "float16", "float32")
+"""What Megatron keeps parameters in."""
 
 
 def offline_layout(
@@ -49,8 +53,10 @@ def offline_layout(
     Megatron keeps in another keeps that. family, converter: as `family_of` takes them.
     grouped_experts: a layer's experts in two parameters instead of one by one. The label of a layer
     is its number. Raises LayoutError, saying what would be legal, when the model cannot be laid out
-    so.
+    so; RuntimeError where process groups exist already.
     """
+    if dtype not in _DTYPES:
+        raise LayoutError(f"dtype {dtype!r} is not one of parameters: give {' or '.join(_DTYPES)}")
     known = family_of(hf_config, family, converter)
     check_model(known, parallel)
 
@@ -72,10 +78,9 @@ def offline_layout(
 
 
 def _trace(family: Family, parallel: Parallel, dtype: str, grouped_experts: bool) -> SymbolicLayout:
-    torch_dtype: torch.dtype = getattr(torch, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # how best to train so is not the question here
-        return _asked(family, parallel, dtype, torch_dtype, grouped_experts)
+        return _asked(family, parallel, dtype, getattr(torch, dtype), grouped_experts)
 
 
 def _asked(

@@ -5,7 +5,7 @@ So they are saved, loaded and moved between layouts by the same plans as the wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -17,16 +17,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """torch.optim.AdamW's names of the first and the second moment."""
 
 
-def optimizer_layout(parameters: Layout) -> Layout:
-    """The moments of a model whose layout is `parameters` (of one rank or of many).
+def optimizer_layout(weights: Layout, trained: Collection[str]) -> Layout:
+    """The moments of a rank whose `model_layout` is `weights`; of several ranks: merge theirs.
 
-    Tensor "exp_avg.NAME" for each tensor NAME, and so for "exp_avg_sq" and for buffers; dtype,
-    fragments and padding are those of the parameters, since torch keeps moments in their dtype.
+    trained: names of the parameters among the layout's buffers. Others are buffers to Megatron too,
+    such as a router's bias, and have no moments.
+    Tensor "exp_avg.NAME" for each tensor NAME that the rank trains a part of, and so for
+    "exp_avg_sq" and for buffers; dtype, fragments and padding are those of the weights, since torch
+    keeps moments in their dtype.
     """
+    names = set(trained)
+    held = [f for f in weights.fragments if f.buffer in names]
+    of_tensors = {f.tensor for f in held}
     tensors, buffers, fragments, padding = [], [], [], []
     for moment in MOMENTS:
-        tensors += [Tensor(f"{moment}.{t.name}", t.dtype, t.shape) for t in parameters.tensors]
-        buffers += [Buffer(b.rank, f"{moment}.{b.name}", b.nbytes) for b in parameters.buffers]
+        tensors += [
+            Tensor(f"{moment}.{t.name}", t.dtype, t.shape)
+            for t in weights.tensors
+            if t.name in of_tensors
+        ]
+        buffers += [
+            Buffer(b.rank, f"{moment}.{b.name}", b.nbytes)
+            for b in weights.buffers
+            if b.name in names
+        ]
         fragments += [
             Fragment(
                 f"{moment}.{f.tensor}",
@@ -36,13 +50,14 @@ def optimizer_layout(parameters: Layout) -> Layout:
                 f.byte_offset,
                 f.byte_strides,
             )
-            for f in parameters.fragments
+            for f in held
         ]
         padding += [
             Padding(p.rank, f"{moment}.{p.buffer}", p.byte_offset, p.nbytes)
-            for p in parameters.padding
+            for p in weights.padding
+            if p.buffer in names
         ]
-    return Layout(tensors, buffers, fragments, padding, parameters.places)
+    return Layout(tensors, buffers, fragments, padding, weights.places)
 
 
 def optimizer_buffers(

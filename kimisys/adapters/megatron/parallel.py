@@ -213,7 +213,9 @@ def _check_pipeline_layout(parallel: Parallel, layers: int) -> None:
                 f"virtual is {parallel.virtual}: say virtual {chunks}"
             )
         layout.validate_layer_layout(layers, 0)
-    except (AssertionError, ValueError) as error:
+    except LayoutError:
+        raise
+    except (AssertionError, LookupError, NotImplementedError, ValueError) as error:
         raise LayoutError(
             f"pipeline_layout {text!r} does not fit {stages} stages of {layers} layers: {error}; "
             f"legal is for example {example!r}"

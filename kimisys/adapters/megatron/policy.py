@@ -21,7 +21,9 @@ from kimisys.adapters.megatron import gradients, optimizer_state, pipeline
 from kimisys.adapters.megatron.core import parallel_state
 from kimisys.adapters.megatron.log_probs import gathered_log_probs, target_log_probs
 from kimisys.adapters.megatron.model import Model
+from kimisys.adapters.megatron.shards import memory_of
 from kimisys.errors import KimisysError, LayoutError
+from kimisys.reshard import Layout
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,11 @@ class Policy:
     def __init__(
         self, model: Model, adam: Adam | None = None, micro_batch_tokens: int = 4096
     ) -> None:
-        if parallel_state.get_data_parallel_world_size() != 1:
+        replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        if replicas != 1:
             raise LayoutError(
-                "Policy trains one replica, but there are "
-                f"{parallel_state.get_data_parallel_world_size()} data-parallel replicas: "
-                "make world_size equal to tensor_parallel times pipeline_parallel"
+                f"Policy trains one replica, but there are {replicas} data- or context-parallel "
+                "ones: make world_size equal to tensor_parallel times pipeline_parallel"
             )
         tensor = parallel_state.get_tensor_model_parallel_world_size()
         if model.config.num_moe_experts is not None and tensor > 1:
@@ -195,9 +197,14 @@ class Policy:
         iteration."""
         self._optimizer.state.clear()
 
+    def optimizer_layout(self, weights: Layout) -> Layout:
+        """Where the moments of this rank's parameters lie. weights: the rank's `model_layout`."""
+        trained = [name for name, _ in self.model.named_parameters()]
+        return optimizer_state.optimizer_layout(weights, trained)
+
     def optimizer_buffers(self, rank: int) -> dict[tuple[int, str], np.ndarray]:
-        """The optimizer's moments as buffers of `optimizer_state.optimizer_layout`, to save or to
-        load into; after a reset, zeros. `reset_optimizer` leaves them behind: ask again."""
+        """The optimizer's moments as the buffers of `optimizer_layout`, to save or to load into;
+        after a reset, zeros. `reset_optimizer` leaves them behind: ask again."""
         parameters = dict(self.model.named_parameters())
         return optimizer_state.optimizer_buffers(self._optimizer, parameters, rank)
 
@@ -217,22 +224,23 @@ class Policy:
 
     @contextmanager
     def on_wire(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside the block the parameters are what an engine receives: rounded to `dtype` (to
+        """Inside the block the weights are what an engine receives: rounded to `dtype` (to
         nearest, ties to even) and back. Afterwards they have the bits they had. Nothing happens
         where `dtype` is their own."""
         if dtype == self.dtype:
             yield
             return
-        saved = [parameter.detach().clone() for parameter in self._parameters]
+        # buffers too: a router's bias is published beside the parameters
+        held = memory_of(self.model).values()
+        sent = [tensor.detach() for tensor in held if tensor.is_floating_point()]
+        saved = [tensor.clone() for tensor in sent]
         try:
-            with torch.no_grad():
-                for parameter in self._parameters:
-                    parameter.copy_(parameter.to(dtype))
+            for tensor in sent:
+                tensor.copy_(tensor.to(dtype))
             yield
         finally:
-            with torch.no_grad():
-                for parameter, bits in zip(self._parameters, saved, strict=True):
-                    parameter.copy_(bits)
+            for tensor, bits in zip(sent, saved, strict=True):
+                tensor.copy_(bits)
 
     def _step(
         self,

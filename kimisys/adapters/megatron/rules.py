@@ -11,7 +11,7 @@ import torch
 
 from kimisys.adapters.megatron.families.part import Part
 from kimisys.adapters.megatron.shards import Shard
-from kimisys.errors import LayoutError
+from kimisys.errors import KimisysError, LayoutError
 from kimisys.reshard import Region
 from kimisys.reshard.tracer import Mapped, dtype_name, trace_mapping
 
@@ -66,6 +66,14 @@ class TracedPart:
                 f"the rule for the part {part.name!r} asks for {error}, which is not there; "
                 f"Megatron has {', '.join(sorted(sources))}; "
                 f"the checkpoint has {', '.join(sorted(goals))}"
+            ) from error
+        except KimisysError:
+            raise
+        except Exception as error:  # whatever a rule of a user's raises
+            raise LayoutError(
+                f"the rule for the part {part.name!r} does not fit Megatron's tensors "
+                f"{', '.join(f'{key} {list(shape)}' for key, shape in sorted(shapes.items()))}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         by_key: dict[str, list[Mapped]] = {}
         for box in mapped:

@@ -99,8 +99,9 @@ def as_rank(parallel: Parallel, rank: int) -> Iterator[None]:
     """Be `rank` of `parallel` inside the block, alone: collectives do nothing, but groups have
     their sizes.
 
-    For building models on the meta device and asking them for their layout. Raises LayoutError for
-    an impossible layout, RuntimeError where process groups exist already.
+    For building models on the meta device and asking them for their layout: afterwards the process
+    is as it was, CUDA included. Raises LayoutError for an impossible layout, RuntimeError where
+    process groups exist already.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -108,8 +109,9 @@ def as_rank(parallel: Parallel, rank: int) -> Iterator[None]:
     hook = sys.excepthook  # torch wraps it at each start: errors would name every rank we were
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
     try:
-        _form_groups(parallel, timedelta(seconds=60))
-        yield
+        with cpu.applied():
+            _form_groups(parallel, timedelta(seconds=60))
+            yield
     finally:
         shutdown()
         sys.excepthook = hook

@@ -74,15 +74,22 @@ class Checkpoint:
         ]
 
 
-def layer_prefixes(model: torch.nn.Module, layers: int) -> frozenset[str]:
+def layer_prefixes(model: torch.nn.Module, layers: int, stages: int) -> frozenset[str]:
     """Names of the lists that hold a layer, or a place for one, for each of a model's `layers`.
 
-    A model that keeps its layers otherwise has none: all of it counts as its outer part.
+    model: of one of the pipeline's `stages`. A vision tower may have as many layers: no stage lacks
+    any of those. A model that keeps its layers otherwise has none: all of it counts as its outer
+    part.
     """
+
+    def is_split(blocks: torch.nn.ModuleList) -> bool:
+        return stages == 1 or any(isinstance(block, PPMissingLayer) for block in blocks)
+
     return frozenset(
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == layers and name
+        if is_split(module)
     )
 
 

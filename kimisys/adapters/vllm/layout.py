@@ -48,7 +48,7 @@ def offline_config(
     variables = dict(os.environ)
     try:
         return arguments.create_engine_config()
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # whatever vLLM and transformers find wrong with it
         raise LayoutError(
             f"vLLM takes no model from {str(model)!r}: {_reason(error)}; compare its config.json "
             "with one of an architecture that this vLLM knows"

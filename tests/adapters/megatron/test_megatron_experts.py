@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from megatron_ranks import memory_buffers, memory_layout
-from megatron_worlds import asked_layout, assert_comes_back, checkpoint_of, reference
+from megatron_worlds import asked_layout, assert_comes_back, checkpoint_of, memory, reference
 from tiny_models import MOE_FAMILIES, tiny_config
 from transformers import AutoConfig
 
@@ -153,6 +153,30 @@ def test_the_router_s_bias_stays_float32() -> None:
     assert_comes_back(layout)
 
 
+def test_grouped_experts_lie_as_megatron_multiplies_them() -> None:
+    """GroupedMLP.forward views weight1 as [experts, hidden, 2 · width], weight2 as [experts, width,
+    hidden]: by indices, by hand."""
+    config = tiny_config("mixtral")
+    width, hidden = config["intermediate_size"], config["hidden_size"]
+    layout = asked_layout(config, Parallel(expert=2, data=2), grouped_experts=True)
+    given = {
+        t.name: np.arange(np.prod(t.shape), dtype=np.float32).reshape(t.shape)
+        for t in layout.tensors
+    }
+    for number, (name, array) in enumerate(given.items()):
+        given[name] = array + 100_000 * number
+    ranks = memory(layout)
+    plan(memory_layout(given), layout).execute(memory_buffers(given), ranks)
+    prefix = "decoder.layers.1.mlp.experts.weight"
+    first = ranks[1, f"{prefix}1"].view(np.float32).reshape(2, hidden, 2 * width)
+    second = ranks[1, f"{prefix}2"].view(np.float32).reshape(2, width, hidden)
+    for local, expert in enumerate((2, 3)):
+        own = f"model.layers.1.block_sparse_moe.experts.{expert}."
+        np.testing.assert_array_equal(first[local, :, :width], given[f"{own}w1.weight"].T)
+        np.testing.assert_array_equal(first[local, :, width:], given[f"{own}w3.weight"].T)
+        np.testing.assert_array_equal(second[local], given[f"{own}w2.weight"].T)
+
+
 def test_grouped_experts_are_two_parameters_of_a_layer() -> None:
     layout = asked_layout(tiny_config("mixtral"), Parallel(expert=2, data=2), grouped_experts=True)
     held = [b.name for b in layout.buffers if b.rank == 1 and "layers.1.mlp.experts" in b.name]
@@ -172,6 +196,10 @@ def test_a_policy_with_experts_learns(family: str) -> None:
     with runtime.as_rank(Parallel(tensor=2), 0):
         model = build_model(tiny_config(family), torch.float32)
         with pytest.raises(LayoutError, match="with tensor_parallel 1, not 2"):
+            Policy(model)
+    with runtime.as_rank(Parallel(expert=2, context=2), 0):
+        model = build_model(tiny_config(family), torch.float32)
+        with pytest.raises(LayoutError, match="there are 2 data- or context-parallel ones"):
             Policy(model)
 
 
@@ -213,9 +241,13 @@ def test_what_cannot_be_is_refused_with_what_is_legal(
 def test_configurations_mean_what_they_mean_to_transformers() -> None:
     for name in MOE_FAMILIES:
         config = tiny_config(name)
-        given = {k: v for k, v in config.items() if k not in ("norm_topk_prob", "n_group")}
+        left_out = ("norm_topk_prob", "n_group", "topk_group", "n_shared_experts", "q_lora_rank")
+        given = {k: v for k, v in config.items() if k not in left_out}
         found: Any = family_of(given)
         theirs = AutoConfig.for_model(**given)
+        if name == "deepseek_v3":
+            assert (found.router_groups, found.active_groups) == (theirs.n_group, theirs.topk_group)
+            assert (found.shared, found.q_rank) == (theirs.n_shared_experts, theirs.q_lora_rank)
         assert found.pre_softmax == (not getattr(theirs, "norm_topk_prob", True))
         assert found.experts == theirs.num_local_experts
         assert found.rope.theta == theirs.rope_parameters["rope_theta"]

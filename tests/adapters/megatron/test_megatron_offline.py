@@ -203,3 +203,8 @@ def test_answers_are_kept_and_never_stale(own_cache: Path, monkeypatch: pytest.M
 def test_impossible_jobs_are_refused_with_what_is_legal(name: str, text: str, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         offline_layout(shipped(name), Parallel.parse(text))
+
+
+def test_what_is_no_dtype_of_parameters_is_refused() -> None:
+    with pytest.raises(LayoutError, match="dtype 'nn' is not one of parameters: give bfloat16 or"):
+        offline_layout(shipped("qwen3-0.6b"), Parallel(), "nn")

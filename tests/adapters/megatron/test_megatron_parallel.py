@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from megatron_ranks import TINY
 
 from kimisys.adapters.megatron import runtime
-from kimisys.adapters.megatron.core import parallel_state
+from kimisys.adapters.megatron.core import moe_utils, parallel_state, random_states
 from kimisys.adapters.megatron.families import check_model, family_of
 from kimisys.adapters.megatron.model import build_model
+from kimisys.adapters.megatron.offline import offline_layout
 from kimisys.adapters.megatron.parallel import Parallel, check_stages
 from kimisys.adapters.megatron.seats import Seat, seats
 from kimisys.errors import LayoutError
@@ -70,8 +72,11 @@ def test_texts_that_are_no_layout_are_refused(text: str, message: str) -> None:
         ("pp=2,layout=Ett|tL", 4, "does not fit 2 stages of 4 layers: .*legal is for example 'Ett"),
         ("pp=2,layout=Etx|ttL", 4, "does not fit 2 stages of 4 layers"),
         ("pp=2,layout=Et|t|tL", 3, "does not fit 2 stages of 3 layers"),
-        ("pp=2,layout=Et|t|t|tL", 4, "has 2 chunks for each of 2 stages, but virtual is None"),
+        ("pp=2,layout=Et|t|t|tL", 4, r"^pipeline_layout .* has 2 chunks for each of 2 stages, but "
+                                      r"virtual is None: say virtual 2$"),
         ("pp=2,layout=Ett|ttmL", 4, "does not fit"),
+        ("pp=2,layout=|", 4, "does not fit 2 stages of 4 layers: .*legal is for example 'Ett"),
+        ("pp=2,layout=", 4, "does not fit 2 stages of 4 layers"),
     ],
 )  # fmt: skip
 def test_layers_that_do_not_split_are_refused(text: str, layers: int, message: str) -> None:
@@ -138,6 +143,31 @@ def test_seats_are_those_that_each_rank_is_told(text: str) -> None:
                 )
             )
     assert seats(parallel) == told
+
+
+def test_asking_leaves_what_torch_and_megatron_answer_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that asks for a layout may use CUDA afterwards."""
+
+    def theirs(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.Tensor, "cuda", theirs)
+    monkeypatch.setattr(torch.cuda, "synchronize", theirs)
+    monkeypatch.setattr(random_states, "_CUDA_RNG_STATE_TRACKER", None)
+    monkeypatch.setattr(random_states, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", False)
+    monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    offline_layout(TINY, Parallel())
+    with runtime.as_rank(Parallel(tensor=2), 1):
+        build_model(TINY, torch.float32, "meta")
+        assert torch.cuda.synchronize is not theirs and torch.zeros(1).cuda().device.type == "cpu"
+    assert torch.Tensor.cuda is torch.cuda.synchronize is theirs
+    assert random_states._CUDA_RNG_STATE_TRACKER is None
+    assert not random_states._CUDA_RNG_STATE_TRACKER_INITIALIZED
+    assert not hasattr(moe_utils, "te_general_gemm")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
 
 
 def test_a_model_is_built_for_the_groups_that_there_are() -> None:

@@ -19,7 +19,6 @@ from kimisys.adapters.megatron import runtime
 from kimisys.adapters.megatron.families.qwen3 import Qwen3
 from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_model
-from kimisys.adapters.megatron.optimizer_state import optimizer_layout
 from kimisys.adapters.megatron.policy import Adam, LossShare, Policy, Step
 from kimisys.reshard import Layout, plan
 from kimisys.reshard.safetensors import new_checkpoint, open_checkpoint, open_for_writing
@@ -81,7 +80,9 @@ class Trainer:
         self.model = build_model(config_of(case), torch.float32)
         self.policy = Policy(self.model, ADAM, micro_batch_tokens=30)  # several micro-batches
         weights = model_layout(self.model, config_of(case), rank)
-        self.layouts = dict(zip(FILES, (weights, optimizer_layout(weights)), strict=True))
+        self.layouts = dict(
+            zip(FILES, (weights, self.policy.optimizer_layout(weights)), strict=True)
+        )
 
     def buffers(self, file: str) -> dict[tuple[int, str], np.ndarray]:
         if file == "model.safetensors":

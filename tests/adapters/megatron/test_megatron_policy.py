@@ -341,7 +341,7 @@ def test_wrong_batches_are_refused() -> None:
             policy.sft_step(tokens, torch.ones(2, 4), 1e-3)
         with pytest.raises(ValueError, match=r"int64\[b, s\]"):
             policy.token_log_probs(tokens.int())
-    with runtime.offline(1, 1, 0, 2), pytest.raises(Exception, match="data-parallel replicas"):
+    with runtime.offline(1, 1, 0, 2), pytest.raises(Exception, match="2 data- or context-parallel"):
         Policy(build_model(TINY, torch.float32))
 
 

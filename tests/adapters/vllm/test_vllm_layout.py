@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 import vllm.distributed.parallel_state as parallel_state
-from tiny_checkpoints import memory_buffers, memory_layout, random_model, tensor_table, weights
+from tiny_checkpoints import (
+    memory_buffers,
+    memory_layout,
+    random_model,
+    tensor_table,
+    weights,
+    write_config,
+)
 from vllm.config import VllmConfig
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -153,6 +160,8 @@ def test_a_model_that_vllm_does_not_know_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
     with pytest.raises(LayoutError, match="vLLM takes no model from"):
         offline_config(tmp_path)
+    with pytest.raises(LayoutError, match=r"vLLM takes no model from.*'hidden_size'"):
+        offline_config(write_config(tmp_path, False, hidden_size="wide"))
 
 
 def test_impossible_ranks_and_sizes_are_refused(configs: dict[str, VllmConfig]) -> None:

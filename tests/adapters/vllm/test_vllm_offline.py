@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
 from tiny_checkpoints import checkpoint, family_config, tensor_table, write_config
 from vllm.config import VllmConfig
+from vllm.model_executor.models.registry import ModelRegistry, _RegisteredModel
 
 from kimisys.adapters import trace_cache
 from kimisys.adapters.vllm import offline
@@ -20,7 +22,7 @@ from kimisys.adapters.vllm.layout import offline_config, trace_vllm_layout
 from kimisys.adapters.vllm.offline import engine_layout, symbolic_layout
 from kimisys.adapters.vllm.parallel import EngineParallel
 from kimisys.errors import LayoutError, TraceError
-from kimisys.reshard import Layout, Tensor
+from kimisys.reshard import Layout, SymbolicLayout, Tensor
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_hidden_layers": 6, "first_k_dense_replace": 2},
     "glm4_moe": {"num_hidden_layers": 5},
     "qwen2_5_vl": {"num_hidden_layers": 5},
+    # as many layers as its vision tower has, which no pipeline splits
+    "qwen2_5_vl even": {"num_hidden_layers": 2},
 }
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     made = {}
-    for family, options in FAMILIES.items():
+    for name, options in FAMILIES.items():
+        family = name.split()[0]
         folder = write_config(tmp_path_factory.mktemp(family), False, family, **options)
         table = tensor_table(checkpoint(folder, 3))
-        made[family] = Model(folder, offline_config(folder, "float32"), table)
+        made[name] = Model(folder, offline_config(folder, "float32"), table)
     return made
 
 
@@ -77,6 +82,9 @@ CASES = [
     ("deepseek_v3", "tp=2,pp=3", 3),
     ("glm4_moe", "tp=2,pp=2,dp=2,ep=on", 3),
     ("qwen2_5_vl", "tp=2", 2),
+    ("qwen2_5_vl", "pp=2", 2),
+    ("qwen2_5_vl even", "tp=2", 2),
+    ("qwen2_5_vl even", "pp=2", 2),
 ]
 
 
@@ -158,6 +166,50 @@ def test_a_layout_is_traced_once_and_then_read(
     ):
         with pytest.raises(AssertionError, match="asked again"):
             engine_layout(config, table, other, dtype)  # type: ignore[arg-type]
+
+
+def test_what_a_plug_in_builds_is_asked_anew(
+    models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache's key does not know its code; and of the environment it keeps no secret."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("VLLM_API_KEY", "not-for-the-disk")
+    monkeypatch.delenv(trace_cache.SWITCH, raising=False)
+    model, asked = models["qwen3"], []
+
+    def traced(*arguments: Any) -> SymbolicLayout:
+        asked.append(arguments)
+        return symbolic_layout(*arguments)
+
+    monkeypatch.setattr(offline, "symbolic_layout", traced)
+
+    def ask() -> int:
+        engine_layout(model.folder, model.table, EngineParallel(), "float32")
+        return len(asked)
+
+    assert [ask(), ask()] == [1, 1]
+    (file,) = (tmp_path / "kimisys").iterdir()
+    assert b"not-for-the-disk" not in file.read_bytes() and b"Qwen3ForCausalLM" in file.read_bytes()
+    monkeypatch.setenv("VLLM_API_KEY", "another")
+    assert ask() == 2
+    monkeypatch.setattr(vllm, "__version__", "0.0")
+    assert ask() == 3
+    # what the plug-in's model would be loaded with does not matter here
+    known = engine_layout(model.folder, model.table, EngineParallel(), "float32")
+    monkeypatch.setattr(offline, "offline_config", lambda *_: model.config)
+    monkeypatch.setattr(offline, "symbolic_layout", lambda *given: asked.append(given) or known)
+    plugged = type("Qwen3ForCausalLM", (), {"__module__": "plugin.models"})
+    own = _RegisteredModel(None, plugged)  # type: ignore[arg-type]
+    monkeypatch.setitem(ModelRegistry.models, "Qwen3ForCausalLM", own)
+    assert [ask(), ask()] == [4, 5]
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match=r"config\.json cannot be read: .*name the folder"):
+        engine_layout(tmp_path, [], EngineParallel())
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(LayoutError, match=r"config\.json holds no JSON object"):
+        engine_layout(tmp_path, [], EngineParallel())
 
 
 def test_the_shortest_window() -> None:

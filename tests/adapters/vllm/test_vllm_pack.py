@@ -152,10 +152,11 @@ def test_a_bias_that_vllm_widens_is_written_too(
         assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
 
 
-def test_the_shadow_is_not_kept(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("model", ["tied", "qwen3_moe", "deepseek_v3"])
+def test_the_shadow_is_not_kept(folders: dict[str, Path], model: str) -> None:
     """The next pull overwrites the shadow: what is being served must not be a view of it."""
-    running = loaded(folders["tied"], 1)
-    shadow = {n: p.detach() for n, p in unprocessed(folders["tied"], 2).module.named_parameters()}
+    running = loaded(folders[model], 1)
+    shadow = {n: p.detach() for n, p in unprocessed(folders[model], 2).module.named_parameters()}
     packer_of(running).pack(shadow)
     before = outputs(running.module)
     for tensor in shadow.values():

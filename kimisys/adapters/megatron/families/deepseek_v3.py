@@ -32,10 +32,10 @@ class DeepseekV3(Experts):
     count_name: ClassVar[str] = "n_routed_experts"
     defaults: ClassVar[Mapping[str, Any]] = {
         "num_key_value_heads": None,
-        "q_lora_rank": None,
-        "n_shared_experts": None,
-        "n_group": 1,
-        "topk_group": 1,
+        "q_lora_rank": 1536,
+        "n_shared_experts": 1,
+        "n_group": 8,
+        "topk_group": 4,
         "norm_topk_prob": True,
     }
     only: ClassVar[Mapping[str, Any]] = {
