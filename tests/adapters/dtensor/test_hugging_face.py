@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_checkpoints import checkpoint, random_model, tensor_table, write_config
+from tiny_checkpoints import (
+    checkpoint,
+    random_model,
+    tensor_table,
+    write_checkpoint,
+    write_config,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -39,7 +45,7 @@ def converted(model: PreTrainedModel) -> set[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_is_what_transformers_saves(tmp_path: Path, family: str, tied: bool) -> None:
     folder = write_config(tmp_path / "model", tied, family)
-    given = checkpoint(folder, seed=1)
+    given = write_checkpoint(folder, seed=1, into=folder)
     # what save_pretrained leaves out of tied models stays out
     expected = set(tensor_table(given))
     kind = AutoModelForImageTextToText if family.endswith("vl") else AutoModelForCausalLM
