@@ -67,7 +67,8 @@ void check_no_overlap(const Layout& from, const std::vector<Memory>& sources, co
       if (other == nullptr || !before(it.begin, other->end)) return;
       fail(kBad, name_of(it.side), " buffer '", it.buffer->name, "' of rank ", it.buffer->rank,
            " overlaps the memory of ", name_of(other->side), " buffer '", other->buffer->name,
-           "' of rank ", other->buffer->rank, "; give each destination memory of its own");
+           "' of rank ", other->buffer->rank,
+           "; copy in place is not supported: give each destination memory of its own");
     };
     check(destination);
     if (it.side == Side::kDestination) check(source);
