@@ -277,12 +277,37 @@ std::unique_ptr<BoundExecution> bind(const Plan& plan, const py::object& sources
   return std::make_unique<BoundExecution>(plan, sources, destinations, threads, implementation);
 }
 
-void bind_plan(py::module_& module) {
+void bind_execution(py::module_& module, py::class_<Plan>& plan) {
   py::class_<BoundExecution>(module, "Execution",
                              "A plan on its memory, checked and cut for its threads.")
       .def("run", &BoundExecution::run,
            "Fills the destination buffers; a share, the bytes that are its own. Releases the GIL.\n"
            "Not in two threads at once: both would write the same memory.");
+  plan.def(
+          "execute",
+          [](const Plan& self, const py::object& sources, const py::object& destinations,
+             std::int64_t threads, const std::optional<std::string>& implementation) {
+            BoundExecution(self, sources, destinations, threads, implementation).run();
+          },
+          py::arg("sources"), py::arg("destinations"), py::arg("threads") = 0,
+          py::arg("implementation") = std::nullopt,
+          "Fills the destination buffers once. Nothing is written before everything has been\n"
+          "checked. sources, destinations: from (rank, buffer name) to any C-contiguous buffer of\n"
+          "exactly the layout's size, destinations writable; sources that the plan does not read,\n"
+          "and destinations that a share does not write, may be absent. threads: 0 means all that\n"
+          "the process may use. implementation: one of implementations(), the first by default.\n"
+          "BufferMismatchError: a buffer is missing, of another size, read-only, or overlaps\n"
+          "another. LayoutError: threads is negative or the implementation unknown. Releases the\n"
+          "GIL.")
+      .def("bind", &bind, py::arg("sources"), py::arg("destinations"), py::arg("threads") = 0,
+           py::arg("implementation") = std::nullopt,
+           "An Execution of this plan, to run again and again on the same memory. Arguments,\n"
+           "checks and errors are those of execute; all checks are made here, none by run. It\n"
+           "holds the buffers, so their memory stays. One Execution must not run in two threads\n"
+           "at once. A share needs only the destination buffers that it writes.");
+}
+
+void bind_plan(py::module_& module) {
   py::class_<Plan> type(
       module, "Plan",
       "The copies from a source layout to a destination layout, proven to write each\n"
@@ -313,29 +338,8 @@ void bind_plan(py::module_& module) {
            "The share that one source rank writes, into those destination buffers alone that it\n"
            "touches. The shares of all source ranks write each destination byte exactly once; the\n"
            "lowest rank writes the padding.")
-      .def(
-          "execute",
-          [](const Plan& self, const py::object& sources, const py::object& destinations,
-             std::int64_t threads, const std::optional<std::string>& implementation) {
-            BoundExecution(self, sources, destinations, threads, implementation).run();
-          },
-          py::arg("sources"), py::arg("destinations"), py::arg("threads") = 0,
-          py::arg("implementation") = std::nullopt,
-          "Fills the destination buffers once. Nothing is written before everything has been\n"
-          "checked. sources, destinations: from (rank, buffer name) to any C-contiguous buffer of\n"
-          "exactly the layout's size, destinations writable; sources that the plan does not read,\n"
-          "and destinations that a share does not write, may be absent. threads: 0 means all that\n"
-          "the process may use. implementation: one of implementations(), the first by default.\n"
-          "BufferMismatchError: a buffer is missing, of another size, read-only, or overlaps\n"
-          "another. LayoutError: threads is negative or the implementation unknown. Releases the\n"
-          "GIL.")
-      .def("bind", &bind, py::arg("sources"), py::arg("destinations"), py::arg("threads") = 0,
-           py::arg("implementation") = std::nullopt,
-           "An Execution of this plan, to run again and again on the same memory. Arguments,\n"
-           "checks and errors are those of execute; all checks are made here, none by run. It\n"
-           "holds the buffers, so their memory stays. One Execution must not run in two threads\n"
-           "at once. A share needs only the destination buffers that it writes.")
       .def("__repr__", &repr<Plan>);
+  bind_execution(module, type);
   module.def(
       "plan",
       [](SharedLayout source, SharedLayout destination) {

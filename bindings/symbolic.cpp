@@ -115,10 +115,12 @@ void bind_symbolic_plan(py::module_& module) {
            "The Plan that fills one destination rank; its source holds what this rank reads.\n"
            "PlanError if there is no such rank.",
            py::call_guard<py::gil_scoped_release>())
-      .def("of_source", &SymbolicPlan::of_source, py::arg("source_rank"),
-           "The share that one source rank writes, into the buffers that it touches; the lowest\n"
-           "rank's share writes all padding. PlanError if there is no such rank.",
-           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "of_source", &SymbolicPlan::of_source, py::arg("source_rank"),
+          "The share that one source rank writes. Its layouts hold only the fragments that it\n"
+          "reads and writes; it executes into whole buffers all the same. The lowest rank's share\n"
+          "writes all padding. PlanError if there is no such rank.",
+          py::call_guard<py::gil_scoped_release>())
       .def(
           "traffic", [](const SymbolicPlan& self) { return columns(self.traffic()); },
           "int64 arrays source_rank, destination_rank, bytes (as written at the destination),\n"

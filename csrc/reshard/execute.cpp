@@ -1,45 +1,13 @@
 #include "reshard/execute.h"
 
-#include <cstdlib>
-#include <string_view>
+#include <utility>
 
-#include "base/error.h"
 #include "reshard/blocks.h"
+#include "reshard/implementation.h"
 #include "reshard/kernels.h"
 
 namespace kimisys::reshard {
-namespace {
-
-constexpr std::string_view kNaive = "naive";
-
-// The rows of the implementation asked for; null for the naive one.
-const RowSet* choose(const std::string& asked) {
-  std::string name = asked;
-  if (name.empty()) {
-    const char* forced = std::getenv("KIMISYS_RESHARD_IMPLEMENTATION");
-    if (forced != nullptr) name = forced;
-  }
-  if (name.empty()) return &row_sets().front();
-  if (name == kNaive) return nullptr;
-  for (const RowSet& known : row_sets()) {
-    if (known.name == name) return &known;
-  }
-  std::string list;
-  for (const std::string& known : implementations()) {
-    list.append(list.empty() ? "" : ", ").append(known);
-  }
-  fail(ErrorCode::kLayout, "unknown reshard implementation '", name,
-       "' (argument or KIMISYS_RESHARD_IMPLEMENTATION); this machine has ", list);
-}
-
-}  // namespace
-
-std::vector<std::string> implementations() {
-  std::vector<std::string> names;
-  for (const RowSet& set : row_sets()) names.emplace_back(set.name);
-  names.emplace_back(kNaive);
-  return names;
-}
+std::vector<std::string> implementations() { return names_of(row_sets()); }
 
 struct Execution::Prepared {
   const RowSet* rows;  // null: the naive implementation
@@ -53,7 +21,7 @@ Execution::Execution(Execution&&) noexcept = default;
 Execution::Execution(const Plan& plan, const Memories& sources, const Memories& destinations,
                      const ExecuteOptions& options) {
   auto made = std::make_unique<Prepared>();
-  made->rows = choose(options.implementation);
+  made->rows = choose_implementation(row_sets(), options.implementation, "reshard");
   made->blocks = bind_blocks(plan, sources, destinations);
   if (made->rows != nullptr) {
     auto& [copies, blanks] = made->blocks;

@@ -20,10 +20,9 @@ struct Turns {
   bool sweep;          // the gaps are read too, so that each turn follows a sweep of the source
 };
 
-// Measured on an AMD EPYC (Zen 4) against streaming one contiguous run, where half of the source is
-// copied: rows of 4 KiB 0.54 -> 0.87 and of 64 KiB 0.91 -> 1.18 by 8 neighbours in turn, of 256 B
-// to 2 KiB 0.4 -> 0.65 by 4 sweeps as far apart as they can be. Neither helps short rows with
-// longer gaps.
+// Measured on an AMD EPYC (Zen 4) where half of the source is copied, against what streaming
+// reaches on rows without gaps: rows of 4 KiB 0.56 -> 0.85 by 8 neighbours in turn, of 1 KiB 0.38
+// -> 0.60 by 4 sweeps as far apart as they can be. Neither helped short rows with longer gaps.
 std::optional<Turns> choose_turns(std::int64_t row_bytes, std::int64_t pitch, std::int64_t rows) {
   if (row_bytes >= kPage) return Turns{8, 1, false};
   if (pitch <= 2 * row_bytes) {

@@ -59,7 +59,8 @@ struct Proof {
 // Checks, without the planner's own bookkeeping, that the steps read only what the source holds and
 // that steps and padding write each byte of each destination buffer exactly once. Raises PlanError
 // naming tensor, region and ranks. With `share_of` the steps are what one source rank writes of a
-// whole plan: they may leave bytes to others, but read no other rank and write no byte twice.
+// whole plan: they may leave bytes to others, but read no other rank and write no byte twice, be it
+// through two fragments. What a share does not write need not be in its destination.
 Proof prove(const Layout& source, const Layout& destination, const std::vector<Step>& steps,
             std::optional<std::int64_t> share_of = std::nullopt);
 

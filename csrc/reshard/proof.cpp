@@ -6,6 +6,7 @@
 //    fragment's: so each of its elements is written exactly once.
 //    The share of one source rank may leave elements to others, but not write one twice.
 // 3. Within each destination buffer, fragments and padding tile [0, nbytes) exactly.
+//    Of the share of one source rank, the fragments and padding that it writes share no byte.
 #include <algorithm>
 #include <optional>
 #include <sstream>
@@ -64,6 +65,7 @@ class Prover {
       : source_(source), destination_(destination), steps_(steps), share_of_(share_of) {}
 
   Proof run() {
+    if (share_of_) check_share();
     for (const Step& step : steps_) check_step(step);
     const Lists steps_to(destination_.fragments().size(), steps_.size(), [this](std::size_t i) {
       return static_cast<std::int64_t>(steps_[i].destination_fragment);
@@ -76,9 +78,12 @@ class Prover {
       for (const std::size_t step : steps_to[i]) boxes.push_back(&steps_[step].region);
       proof.copied_bytes += check_fragment(i, boxes);
     }
-    check_buffers();
-    if (share_of_) return run_share(proof);
-    proof.padding_bytes = padding_bytes();
+    check_buffers(steps_to);
+    if (fills_padding()) proof.padding_bytes = padding_bytes();
+    if (share_of_) {
+      proof.destination_bytes = proof.copied_bytes + proof.padding_bytes;
+      return proof;
+    }
     for (const Buffer& buffer : destination_.buffers()) proof.destination_bytes += buffer.nbytes;
     KIMISYS_CHECK(proof.destination_bytes == proof.copied_bytes + proof.padding_bytes, kBad,
                   "the plan writes ", proof.copied_bytes, " + ", proof.padding_bytes,
@@ -88,12 +93,14 @@ class Prover {
   }
 
  private:
-  Proof run_share(Proof proof) const {
+  void check_share() const {
     const std::vector<std::int64_t> ranks = source_.ranks();
-    if (!ranks.empty() && *share_of_ == ranks.front()) proof.padding_bytes = padding_bytes();
-    proof.destination_bytes = proof.copied_bytes + proof.padding_bytes;
-    return proof;
+    KIMISYS_CHECK(std::binary_search(ranks.begin(), ranks.end(), *share_of_), kBad,
+                  "the plan is said to be the share of source rank ", *share_of_,
+                  ", which the source does not have; its ranks are ", ranks_text(ranks));
   }
+
+  bool fills_padding() const { return !share_of_ || *share_of_ == source_.ranks().front(); }
 
   std::int64_t padding_bytes() const {
     std::int64_t sum = 0;
@@ -201,16 +208,28 @@ class Prover {
          fragment.rank, " would be written more than once, from source ranks ", ranks_text(ranks));
   }
 
-  void check_buffers() const {
+  void check_buffers(const Lists& steps_to) const {
+    const std::vector<std::vector<Piece>> pieces = written_pieces(steps_to);
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+      const Buffer& buffer = destination_.buffers()[i];
+      const auto violation =
+          share_of_ ? check_apart(pieces[i]) : check_tiling(pieces[i], buffer.nbytes);
+      if (violation) report(buffer, *violation);
+    }
+  }
+
+  // What is written of each buffer: by a share, only the fragments that its steps name.
+  std::vector<std::vector<Piece>> written_pieces(const Lists& steps_to) const {
     std::vector<std::vector<Piece>> pieces(destination_.buffers().size());
     const std::size_t count = destination_.fragments().size();
     for (std::size_t i = 0; i < count; ++i) {
       const Fragment& fragment = destination_.fragments()[i];
-      if (fragment.region.empty()) continue;
+      if (fragment.region.empty() || (share_of_ && steps_to[i].empty())) continue;
       const DType dtype = destination_.tensors()[destination_.tensor_of(i)].dtype;
       pieces[destination_.buffer_of(i)].push_back(make_piece(
           fragment.byte_offset, fragment.region.extent, fragment.byte_strides, itemsize(dtype), i));
     }
+    if (!fills_padding()) return pieces;
     // Paddings are owners too: they are numbered after the fragments.
     for (std::size_t i = 0; i < destination_.padding().size(); ++i) {
       const Padding& padding = destination_.padding()[i];
@@ -218,10 +237,7 @@ class Prover {
       pieces[destination_.buffer_of_padding(i)].push_back(
           make_piece(padding.byte_offset, {}, {}, padding.nbytes, count + i));
     }
-    for (std::size_t i = 0; i < pieces.size(); ++i) {
-      const Buffer& buffer = destination_.buffers()[i];
-      if (const auto violation = check_tiling(pieces[i], buffer.nbytes)) report(buffer, *violation);
-    }
+    return pieces;
   }
 
   std::string owner_text(const std::optional<std::size_t>& owner) const {

@@ -4,13 +4,13 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <functional>
-#include <string_view>
+#include <sstream>
 #include <utility>
 
 #include "base/error.h"
 #include "base/thread_pool.h"
+#include "reshard/implementation.h"
+#include "reshard/memory.h"
 #include "reshard/quantize_kernels.h"
 
 namespace kimisys::reshard {
@@ -93,71 +93,6 @@ void add_units(std::size_t part, const Fragment& fragment, std::int64_t item, Bl
   }
 }
 
-constexpr std::string_view kNaive = "naive";
-
-// The rows of the implementation asked for; null for the naive one.
-const QuantizeRows* choose(const std::string& asked) {
-  std::string name = asked;
-  if (name.empty()) {
-    const char* forced = std::getenv("KIMISYS_RESHARD_IMPLEMENTATION");
-    if (forced != nullptr) name = forced;
-  }
-  if (name.empty()) return &quantize_rows().front();
-  if (name == kNaive) return nullptr;
-  for (const QuantizeRows& rows : quantize_rows()) {
-    if (rows.name == name) return &rows;
-  }
-  std::string list;
-  for (const std::string& known : quantize_implementations()) {
-    list.append(list.empty() ? "" : ", ").append(known);
-  }
-  fail(kBad, "unknown quantize implementation '", name,
-       "' (argument or KIMISYS_RESHARD_IMPLEMENTATION); this machine has ", list);
-}
-
-struct Interval {
-  const std::byte* begin;
-  const std::byte* end;
-  const Buffer* buffer;
-  bool is_destination;
-};
-
-void check_memory(const Buffer& buffer, const Memories& memories, std::size_t index,
-                  bool is_destination, std::vector<Interval>& intervals) {
-  const char* side = is_destination ? "destination" : "source";
-  KIMISYS_CHECK(index < memories.size() && memories[index].has_value(), ErrorCode::kBufferMismatch,
-                side, " buffer '", buffer.name, "' of rank ", buffer.rank,
-                " is missing; pass it under the key (rank, name)");
-  const Memory& memory = *memories[index];
-  KIMISYS_CHECK(memory.nbytes == buffer.nbytes, ErrorCode::kBufferMismatch, side, " buffer '",
-                buffer.name, "' of rank ", buffer.rank, " has ", memory.nbytes,
-                " bytes where the layout says ", buffer.nbytes);
-  KIMISYS_CHECK(!is_destination || memory.writable, ErrorCode::kBufferMismatch,
-                "destination buffer '", buffer.name, "' of rank ", buffer.rank,
-                " is read-only; pass memory that may be written");
-  if (memory.nbytes == 0) return;
-  intervals.push_back({memory.data, memory.data + memory.nbytes, &buffer, is_destination});
-}
-
-// Sources may share memory; nothing may share that of a destination.
-void check_disjoint(std::vector<Interval> intervals) {
-  const std::less<const std::byte*> before;
-  std::sort(intervals.begin(), intervals.end(),
-            [before](const Interval& a, const Interval& b) { return before(a.begin, b.begin); });
-  std::array<const Interval*, 2> furthest = {};  // so far: of sources, of destinations
-  for (const Interval& it : intervals) {
-    for (const Interval* other : furthest) {
-      const bool is_met = other != nullptr && before(it.begin, other->end) &&
-                          (it.is_destination || other->is_destination);
-      KIMISYS_CHECK(!is_met, ErrorCode::kBufferMismatch, "buffer '", it.buffer->name, "' of rank ",
-                    it.buffer->rank, " overlaps the memory of buffer '", other->buffer->name,
-                    "' of rank ", other->buffer->rank, "; give the quantized weights their own");
-    }
-    const Interval*& last = furthest[it.is_destination ? 1 : 0];
-    if (last == nullptr || before(last->end, it.end)) last = &it;
-  }
-}
-
 const std::byte* source_of(const Fragment& fragment, const QuantizeUnit& unit,
                            const Memory& memory) {
   return memory.data + fragment.byte_offset + unit.row * fragment.byte_strides[0] +
@@ -185,12 +120,7 @@ void check_whole_blocks(const Layout& layout, std::size_t index, BlockShape bloc
   }
 }
 
-std::vector<std::string> quantize_implementations() {
-  std::vector<std::string> names;
-  for (const QuantizeRows& rows : quantize_rows()) names.emplace_back(rows.name);
-  names.emplace_back(kNaive);
-  return names;
-}
+std::vector<std::string> quantize_implementations() { return names_of(quantize_rows()); }
 
 Quantizer::Quantizer(std::shared_ptr<const Layout> source, std::shared_ptr<const Layout> quantized,
                      std::vector<QuantizedPart> parts, BlockShape block)
@@ -213,14 +143,14 @@ Quantizer::Quantizer(std::shared_ptr<const Layout> source, std::shared_ptr<const
   }
 }
 
-BlockRow Quantizer::block_row(const QuantizeUnit& unit, const Memories& sources,
-                              const Memories& destinations) const {
+BlockRow Quantizer::block_row(const QuantizeUnit& unit, const std::vector<Memory>& sources,
+                              const std::vector<Memory>& destinations) const {
   const QuantizedPart& part = parts_[unit.part];
   const Fragment& from = source_->fragments()[part.source];
   const Fragment& values = quantized_->fragments()[part.values];
   const Fragment& scales = quantized_->fragments()[part.scales];
   BlockRow blocks;
-  blocks.source = source_of(from, unit, *sources[source_->buffer_of(part.source)]);
+  blocks.source = source_of(from, unit, sources[source_->buffer_of(part.source)]);
   blocks.row_stride = from.byte_strides[0];
   blocks.column_stride = from.byte_strides[1];
   blocks.dtype = tensor_of(*source_, part.source).dtype;
@@ -228,9 +158,9 @@ BlockRow Quantizer::block_row(const QuantizeUnit& unit, const Memories& sources,
   blocks.columns = unit.columns;
   blocks.block_columns = block_.columns;
   blocks.value_stride = values.byte_strides[0];
-  blocks.values = destinations[quantized_->buffer_of(part.values)]->data + values.byte_offset +
+  blocks.values = destinations[quantized_->buffer_of(part.values)].data + values.byte_offset +
                   unit.row * values.byte_strides[0] + unit.column;
-  blocks.scales = destinations[quantized_->buffer_of(part.scales)]->data + scales.byte_offset +
+  blocks.scales = destinations[quantized_->buffer_of(part.scales)].data + scales.byte_offset +
                   unit.row / block_.rows * scales.byte_strides[0] +
                   unit.column / block_.columns * scales.byte_strides[1];
   return blocks;
@@ -238,8 +168,8 @@ BlockRow Quantizer::block_row(const QuantizeUnit& unit, const Memories& sources,
 
 void Quantizer::fill(const Memories& sources, const Memories& destinations,
                      const ExecuteOptions& options) const {
-  const QuantizeRows* rows = choose(options.implementation);
-  std::vector<Interval> intervals;
+  const QuantizeRows* rows =
+      choose_implementation(quantize_rows(), options.implementation, "quantize");
   std::vector<bool> is_read(source_->buffers().size(), false);
   std::vector<bool> is_written(quantized_->buffers().size(), false);
   for (const QuantizedPart& part : parts_) {
@@ -247,21 +177,17 @@ void Quantizer::fill(const Memories& sources, const Memories& destinations,
     is_written[quantized_->buffer_of(part.values)] = true;
     is_written[quantized_->buffer_of(part.scales)] = true;
   }
-  for (std::size_t i = 0; i < is_read.size(); ++i) {
-    if (is_read[i]) check_memory(source_->buffers()[i], sources, i, false, intervals);
-  }
-  for (std::size_t i = 0; i < is_written.size(); ++i) {
-    if (is_written[i]) check_memory(quantized_->buffers()[i], destinations, i, true, intervals);
-  }
-  check_disjoint(std::move(intervals));
+  const auto from = needed_memory(*source_, sources, is_read, Side::kSource);
+  const auto to = needed_memory(*quantized_, destinations, is_written, Side::kDestination);
+  check_no_overlap(*source_, from, *quantized_, to);
 
   // Units before the first bad one are always run, so that the same one is named every time.
   std::atomic<std::size_t> bad = units_.size();
   const auto run = [&](std::size_t index, bool has_next) {
     if (index > bad.load(std::memory_order_relaxed)) return;
-    BlockRow blocks = block_row(units_[index], sources, destinations);
+    BlockRow blocks = block_row(units_[index], from, to);
     if (has_next) {
-      const BlockRow next = block_row(units_[index + 1], sources, destinations);
+      const BlockRow next = block_row(units_[index + 1], from, to);
       if (next.column_stride == itemsize(next.dtype)) {
         blocks.next = {next.source, next.row_stride, next.rows, next.columns * next.column_stride};
       }
@@ -276,14 +202,14 @@ void Quantizer::fill(const Memories& sources, const Memories& destinations,
     const std::size_t end = std::min(units_.size(), (batch + 1) * kBatch);
     for (std::size_t index = batch * kBatch; index < end; ++index) run(index, index + 1 < end);
   });
-  if (bad.load() < units_.size()) fail_at(units_[bad.load()], sources);
+  if (bad.load() < units_.size()) fail_at(units_[bad.load()], from);
 }
 
-void Quantizer::fail_at(const QuantizeUnit& unit, const Memories& sources) const {
+void Quantizer::fail_at(const QuantizeUnit& unit, const std::vector<Memory>& sources) const {
   const std::size_t index = parts_[unit.part].source;
   const Fragment& fragment = source_->fragments()[index];
   const DType dtype = tensor_of(*source_, index).dtype;
-  const std::byte* corner = source_of(fragment, unit, *sources[source_->buffer_of(index)]);
+  const std::byte* corner = source_of(fragment, unit, sources[source_->buffer_of(index)]);
   for (std::int64_t row = 0; row < unit.rows; ++row) {
     for (std::int64_t column = 0; column < unit.columns; ++column) {
       const float value = float_at(

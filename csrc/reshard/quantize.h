@@ -60,9 +60,9 @@ class Quantizer {
             const ExecuteOptions& options = {}) const;
 
  private:
-  BlockRow block_row(const QuantizeUnit& unit, const Memories& sources,
-                     const Memories& destinations) const;
-  [[noreturn]] void fail_at(const QuantizeUnit& unit, const Memories& sources) const;
+  BlockRow block_row(const QuantizeUnit& unit, const std::vector<Memory>& sources,
+                     const std::vector<Memory>& destinations) const;
+  [[noreturn]] void fail_at(const QuantizeUnit& unit, const std::vector<Memory>& sources) const;
 
   std::shared_ptr<const Layout> source_;
   std::shared_ptr<const Layout> quantized_;

@@ -27,6 +27,10 @@ void check_options(const RouteOptions& options) {
                 " bytes; give a positive number");
 }
 
+std::int64_t parts_of(std::int64_t bytes, std::int64_t chunk) {
+  return bytes / chunk + (bytes % chunk != 0 ? 1 : 0);
+}
+
 void check_demand(const Demand& demand) {
   const auto rising = [](const std::vector<std::int64_t>& ranks) {
     return std::adjacent_find(ranks.begin(), ranks.end(), std::greater_equal<>()) == ranks.end();
@@ -52,6 +56,26 @@ void check_demand(const Demand& demand) {
   }
 }
 
+// What is counted in 32 bits and summed in 64 later. Returns the number of hops.
+std::size_t check_size(const std::vector<Demand>& demands, std::int64_t chunk) {
+  constexpr std::int64_t kMaxHops = std::int64_t{1} << 28U;
+  std::int64_t hops = 0;
+  std::int64_t bytes = 0;
+  for (const Demand& demand : demands) {
+    const auto width = static_cast<std::int64_t>(demand.receivers.size());
+    const std::int64_t parts = parts_of(demand.bytes(), chunk);
+    KIMISYS_CHECK(parts <= (kMaxHops - hops) / width, kBad, "parts of at most ", chunk,
+                  " bytes make more than ", kMaxHops, " hops up to the demand of receivers ",
+                  ranks_text(demand.receivers), "; give a larger chunk");
+    KIMISYS_CHECK(demand.bytes() <= (kMaxTotalBytes - bytes) / width, kBad,
+                  "the demands up to that of receivers ", ranks_text(demand.receivers),
+                  " bring more than ", kMaxTotalBytes, " bytes in all; check their pieces");
+    hops += parts * width;
+    bytes += demand.bytes() * width;
+  }
+  return static_cast<std::size_t>(hops);
+}
+
 }  // namespace
 
 std::int64_t Demand::bytes() const {
@@ -65,9 +89,10 @@ Route::Route(std::shared_ptr<const Cluster> cluster, std::vector<Demand> demands
     : cluster_(std::move(cluster)), demands_(std::move(demands)), options_(options) {
   check_options(options_);
   for (const Demand& demand : demands_) check_demand(demand);
+  servers_.reserve(check_size(demands_, options_.chunk));
   for (std::size_t d = 0; d < demands_.size(); ++d) {
     const std::int64_t bytes = demands_[d].bytes();
-    const std::int64_t count = (bytes + options_.chunk - 1) / options_.chunk;
+    const std::int64_t count = parts_of(bytes, options_.chunk);
     const std::size_t width = demands_[d].receivers.size();
     std::int64_t begin = 0;
     for (std::int64_t i = 0; i < count; ++i) {

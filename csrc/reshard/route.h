@@ -51,8 +51,9 @@ struct Part {
 
 class Route {
  public:
-  // Raises PlanError for a demand without owners, with unknown ranks or negative bytes, and for
-  // options that are not positive. The result depends on nothing but the arguments.
+  // Raises PlanError for a demand without owners, with unknown ranks or negative bytes, for options
+  // that are not positive, and for more than 2^28 hops or kMaxTotalBytes. The result depends on
+  // nothing but the arguments.
   Route(std::shared_ptr<const Cluster> cluster, std::vector<Demand> demands, RouteOptions options);
 
   const Cluster& cluster() const { return *cluster_; }

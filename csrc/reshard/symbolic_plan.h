@@ -66,8 +66,9 @@ class SymbolicPlan {
   // if the destination has no such rank.
   Plan of_rank(std::int64_t destination_rank) const;
 
-  // The share that one source rank writes, with the whole of those destination buffers that it
-  // touches; the lowest rank's writes all padding. PlanError if the source has no such rank.
+  // The share that one source rank writes: its layouts hold the fragments that it reads and writes,
+  // and the sizes of their buffers. The lowest rank's share writes all padding. PlanError if the
+  // source has no such rank.
   Plan of_source(std::int64_t source_rank) const;
 
   // One row for each pair of ranks with copies, by source rank, then destination rank. Bytes are

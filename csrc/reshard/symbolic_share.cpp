@@ -1,6 +1,6 @@
 // What one source rank writes of a symbolic plan, and who sends how much to whom.
 #include <algorithm>
-#include <tuple>
+#include <map>
 #include <utility>
 
 #include "base/error.h"
@@ -12,37 +12,11 @@ namespace {
 
 constexpr auto kBad = ErrorCode::kPlan;
 
-// Those buffers of a destination instance that a share names, whole: the proof looks at buffers.
-class Touched {
- public:
-  Touched(const Layout& block, bool padded) : block_(block), buffers_(block.buffers().size()) {
-    if (!padded) return;
-    for (std::size_t i = 0; i < block.padding().size(); ++i) {
-      if (block.padding()[i].nbytes > 0) buffers_[block.buffer_of_padding(i)] = true;
-    }
+void add_padding(const Layout& block, std::size_t number, std::size_t instance, Part& to) {
+  for (std::size_t i = 0; i < block.padding().size(); ++i) {
+    if (block.padding()[i].nbytes > 0) to.add_padding(number, instance, i);
   }
-
-  void add(std::size_t fragment) { buffers_[block_.buffer_of(fragment)] = true; }
-
-  // Returns the new index of each fragment of the block that is part of it.
-  std::vector<std::size_t> spell(std::size_t block, std::size_t instance, Part& to) const {
-    for (std::size_t i = 0; i < buffers_.size(); ++i) {
-      if (buffers_[i]) to.add_buffer(block, instance, i);
-    }
-    for (std::size_t i = 0; i < block_.padding().size(); ++i) {
-      if (buffers_[block_.buffer_of_padding(i)]) to.add_padding(block, instance, i);
-    }
-    std::vector<std::size_t> index(block_.fragments().size());
-    for (std::size_t i = 0; i < index.size(); ++i) {
-      if (buffers_[block_.buffer_of(i)]) index[i] = to.add(block, instance, i);
-    }
-    return index;
-  }
-
- private:
-  const Layout& block_;
-  std::vector<bool> buffers_;
-};
+}
 
 }  // namespace
 
@@ -77,21 +51,21 @@ Plan SymbolicPlan::of_source(std::int64_t source_rank) const {
     for (std::size_t m = 0; m < group.members.size(); ++m) {
       const bool serves = next != services.end() && next->group == g && next->member == m;
       if (!serves && (!padded || block.padding().empty())) continue;
-      Touched touched(block, padded);
+      const Group::Member& member = group.members[m];
+      if (padded) add_padding(block, group.block, member.instance, to);
       std::vector<std::size_t> taken;
       for (; next != services.end() && next->group == g && next->member == m; ++next) {
         const auto own = group.steps_from[next->local];
         taken.insert(taken.end(), own.begin(), own.end());
       }
       std::sort(taken.begin(), taken.end());
-      for (const std::size_t i : taken) touched.add(group.plan->steps()[i].destination_fragment);
-      const Group::Member& member = group.members[m];
-      const std::vector<std::size_t> written = touched.spell(group.block, member.instance, to);
       Reading reading(group, member, from);
+      std::map<std::size_t, std::size_t> written;
       for (const std::size_t i : taken) {
         const Step& step = group.plan->steps()[i];
-        steps.push_back(
-            {reading.index(step.source_fragment), written[step.destination_fragment], step.region});
+        const auto [at, is_new] = written.emplace(step.destination_fragment, 0);
+        if (is_new) at->second = to.add(group.block, member.instance, step.destination_fragment);
+        steps.push_back({reading.index(step.source_fragment), at->second, step.region});
       }
     }
   }

@@ -94,11 +94,11 @@ class Table {
   // At a multiple of 16 elements, so that both halves are aligned where the whole was.
   void halve(const Block& block) {
     const auto* const first = block.axes.begin();
-    const auto* const longest =
+    const auto* const outermost =
         std::find_if(first, first + static_cast<std::ptrdiff_t>(block.dims),
                      [](const Block::Axis& axis) { return axis.extent > 1; });
-    const auto axis = static_cast<std::size_t>(longest - first);
-    const std::int64_t half = longest->extent / 2;
+    const auto axis = static_cast<std::size_t>(outermost - first);
+    const std::int64_t half = outermost->extent / 2;
     cut(block, axis, half >= kWidest ? half / kWidest * kWidest : half);
   }
 

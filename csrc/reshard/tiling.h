@@ -1,4 +1,5 @@
-// Do strided pieces of a buffer tile it exactly: every byte in one piece, none in two?
+// Do strided pieces of a buffer tile it exactly: every byte in one piece, none in two? Or are they
+// at least apart: no byte in two?
 #pragma once
 
 #include <cstddef>
@@ -43,5 +44,8 @@ struct Violation {
 // Nothing if the pieces tile [0, nbytes) exactly. Pieces that interleave regularly (rows of several
 // fragments in one fused parameter) are checked without listing their runs.
 std::optional<Violation> check_tiling(const std::vector<Piece>& pieces, std::int64_t nbytes);
+
+// Nothing if no two pieces share a byte; holes are no violation.
+std::optional<Violation> check_apart(const std::vector<Piece>& pieces);
 
 }  // namespace kimisys::reshard

@@ -17,8 +17,10 @@ from symbolic_worlds import worlds
 from kimisys.errors import LayoutError, PlanError
 from kimisys.reshard import (
     Block,
+    Buffer,
     Instance,
     Layout,
+    Padding,
     Place,
     Plan,
     SymbolicLayout,
@@ -256,6 +258,15 @@ def test_a_plan_that_is_read_is_proven() -> None:
     one_step = data[:-7] + bytes([1, 0, 0, 0])
     with pytest.raises(PlanError, match=r"'w' .* has 8 elements, of which the plan writes 4"):
         Plan.from_bytes(one_step)
+
+
+def test_the_share_of_a_rank_that_is_not_there_is_refused() -> None:
+    padded = Layout((), [Buffer(0, "x", 4)], (), [Padding(0, "x", 0, 4)])
+    for source in (Layout((), (), ()), sharded("w", "int8", (8,), 0, 2)):
+        layouts = source.to_bytes()[10:] + padded.to_bytes()[10:]
+        data = b"kimisys.P1" + layouts + bytes([1, 5, 0])  # of rank 5, no steps
+        with pytest.raises(PlanError, match="source rank 5, which the source does not have"):
+            Plan.from_bytes(data)
 
 
 def test_a_short_text_cannot_ask_for_much() -> None:

@@ -47,3 +47,18 @@ def test_the_routed_experts_as_a_plan_of_concrete_layouts() -> None:
     part = made.of_rank(31)
     assert part.proof.copies == 60 * 12 * 3
     assert len(part.source.fragments) == 60 * 12 * 3
+
+
+def test_a_share_of_sliced_experts_holds_no_more_than_it_writes() -> None:
+    made = symbolic_plan(kimi_k2.training(), kimi_k2.inference(expert=1, slices=128))
+    share = made.of_source(100)
+    traffic = made.traffic()
+    mine = traffic["source_rank"] == 100
+    assert share.proof.copies == len(share.destination.fragments) == traffic["copies"][mine].sum()
+    assert share.proof.destination_bytes == traffic["bytes"][mine].sum()
+    experts, layers = 384 // 32, 8
+    assert len(share.source.fragments) == layers * (3 * experts + 1)
+    # Of each buffer it has the size, and of the 3 * 384 fragments there those of its own experts.
+    written = share.destination
+    whole = made.destination.of_rank(0)
+    assert {b.nbytes for b in written.buffers} <= {b.nbytes for b in whole.buffers}

@@ -75,6 +75,11 @@ def test_the_numbers_are_those_of_the_slices_and_of_the_shares(world: World) -> 
             sums[0] += copy.region.elements * itemsize[copy.tensor]
             sums[1] += 1
     assert rows == [(*pair, *sums) for pair, sums in sorted(pairs.items())]
+    for part in shares.values():
+        read = {copy.source_fragment for copy in part.copies}
+        written = {copy.destination_fragment for copy in part.copies}
+        assert read == set(range(len(part.source.fragments)))
+        assert written == set(range(len(part.destination.fragments)))
     for name in ("destination_bytes", "copied_bytes", "padding_bytes", "copies"):
         total = getattr(symbolic.proof, name)
         assert total == sum(getattr(part.proof, name) for part in slices.values())

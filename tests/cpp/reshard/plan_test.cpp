@@ -58,6 +58,26 @@ TEST_CASE("shares: what each source rank writes, padding by the lowest") {
   bad({"'w'", "more than once"}, [&] { prove(source, destination, {own, own}, 1); });
 }
 
+TEST_CASE("a share: what it leaves to others may be missing, what it writes may not meet") {
+  const Layout source = sharded("w", DType::kInt8, {8}, 0, 2);
+  const auto into = [](std::int64_t second, std::vector<Padding> padding) {
+    return Layout({{"w", DType::kInt8, {8}}}, {{0, "x", 12}},
+                  {{"w", {{0}, {2}}, 0, "x", 0, {1}}, {"w", {{2}, {2}}, 0, "x", second, {1}}},
+                  std::move(padding));
+  };
+  const std::vector<Step> both = {{0, 0, {{0}, {2}}}, {0, 1, {{2}, {2}}}};
+  CHECK(prove(source, into(9, {}), both, 0) == Proof{4, 4, 0, 2});
+  CHECK(prove(source, into(1, {}), {both[0]}, 0) == Proof{2, 2, 0, 1});
+  bad({"bytes [1:2) of buffer 'x' on destination rank 0", "twice", "[0:2]", "[2:4]"},
+      [&] { prove(source, into(1, {}), both, 0); });
+  const Layout padded = into(9, {{0, "x", 1, 3}});
+  bad({"bytes [1:2)", "twice", "padding"}, [&] { prove(source, padded, both, 0); });
+  CHECK(prove(source, padded, {}, 1) == Proof{0, 0, 0, 0});
+  bad({"source rank 2, which the source does not have; its ranks are [0, 1]"},
+      [&] { prove(source, padded, {}, 2); });
+  bad({"share of source rank 0", "does not have"}, [&] { prove({}, padded, {}, 0); });
+}
+
 TEST_CASE("replicas: same device first, then same node, then the rank with fewest bytes") {
   const auto holder = [](std::vector<Place> places, std::int64_t ranks) {
     std::vector<Buffer> buffers;

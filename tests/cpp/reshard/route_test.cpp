@@ -85,6 +85,14 @@ TEST_CASE("what a route refuses") {
   bad({"destination rank 7"}, {{0}, {7}, {{0, 8}}, 1}, {});
   bad({"at most"}, {{0}, {1}, {{0, std::numeric_limits<std::int64_t>::max()}}, 1}, {});
   bad({"largest message", "-3"}, fine, {1.0, 0.0, -3, true});
+  bad({"parts of at most 1 bytes", "hops", "[0, 1]", "larger chunk"},
+      {{0}, {0, 1}, {{0, std::int64_t{1} << 31U}}, 1}, {1.0, 0.0, 1, true});
+  constexpr auto kLargest = std::numeric_limits<std::int64_t>::max();
+  const auto cluster = std::make_shared<const Cluster>(on_own_nodes(2, 0), on_own_nodes(2, 2));
+  CHECK(Route(cluster, {fine}, {1.0, 0.0, kLargest, true}).parts().size() == 1);
+  const std::vector<Demand> many(4097, Demand{{0}, {1}, {{0, kMaxBytes}}, 1});
+  kimisys::test::expect_error(ErrorCode::kPlan, {"receivers [1]", "bytes in all"},
+                              [&] { Route(cluster, many, {1.0, 0.0, kLargest, true}); });
 }
 
 }  // namespace kimisys::reshard
