@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_quantization import quantized_by_loops
 from sample_layouts import ITEMSIZE, Buffers, allocate, dense_strides, sharded
 
 from kimisys.errors import BufferMismatchError, LayoutError, NotFiniteError
@@ -32,23 +33,6 @@ from kimisys.reshard.quantize import (
 )
 
 SIGNED = {"bfloat16": torch.int16, "float32": torch.int32}
-
-
-def reference(weights: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values as uint8 and scales, by loops over blocks and PyTorch's own cast."""
-    rows, columns = weights.shape
-    values = torch.zeros((rows, columns), dtype=torch.float8_e4m3fn)
-    scales = torch.zeros((-(-rows // block[0]), -(-columns // block[1])))
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            at = (
-                slice(i * block[0], (i + 1) * block[0]),
-                slice(j * block[1], (j + 1) * block[1]),
-            )
-            part = weights[at].float()
-            scales[i, j] = part.abs().amax().clamp(1e-4) / 448.0
-            values[at] = (part * (1.0 / scales[i, j])).to(torch.float8_e4m3fn)
-    return values.view(torch.uint8), scales
 
 
 def random_weights(shape: tuple[int, int], dtype: str, seed: int) -> torch.Tensor:
@@ -95,7 +79,7 @@ def quantize_whole(
 
 
 def agrees(found: tuple[np.ndarray, np.ndarray], weights: torch.Tensor, *block: int) -> bool:
-    values, scales = reference(weights, (block[0], block[1]))
+    values, scales = quantized_by_loops(weights, (block[0], block[1]))
     return np.array_equal(found[0], memory(values)) and np.array_equal(found[1], memory(scales))
 
 
@@ -217,7 +201,7 @@ def test_each_rank_quantizes_its_own_and_receives_its_own(
     check_whole_blocks(wanted, (block, block))
     landed = allocate(wanted, fill=0xEE)
     plan(made.layout, wanted).execute(sources, landed)
-    values, scales = reference(weights, (block, block))
+    values, scales = quantized_by_loops(weights, (block, block))
     gathered = float8_grid(shape, (1, 1), block)
     back = allocate(gathered)
     plan(wanted, gathered).execute(landed, back)
@@ -349,7 +333,7 @@ def test_the_first_number_that_is_not_finite_is_named(
         made.fill(sources, buffers, threads=2, implementation=implementation)
     weights[150, 2300] = weights[290, 2400] = 1.0
     made.fill({(0, "w"): memory(weights)}, buffers, implementation=implementation)
-    values, scales = reference(weights, (128, 128))
+    values, scales = quantized_by_loops(weights, (128, 128))
     assert np.array_equal(buffers[0, "quantized:w"], memory(values))
     assert np.array_equal(buffers[0, "quantized:w_scale_inv"], memory(scales))
 
