@@ -75,7 +75,7 @@ def quantize_whole(
     made = quantized(layout, ["w"], block)
     buffers = {key: np.full_like(b, 0xEE) for key, b in made.allocate().items()}
     made.fill(sources, buffers, **options)  # type: ignore[arg-type]
-    return buffers[0, "quantized:w"], buffers[0, "quantized:w_scale_inv"]
+    return buffers[0, "quantized:w"], buffers[0, "scales:w"]
 
 
 def agrees(found: tuple[np.ndarray, np.ndarray], weights: torch.Tensor, *block: int) -> bool:
@@ -206,7 +206,7 @@ def test_each_rank_quantizes_its_own_and_receives_its_own(
     back = allocate(gathered)
     plan(wanted, gathered).execute(landed, back)
     assert np.array_equal(back[0, "quantized:w"], memory(values))
-    assert np.array_equal(back[0, "quantized:w_scale_inv"], memory(scales))
+    assert np.array_equal(back[0, "scales:w"], memory(scales))
 
 
 def test_a_symbolic_layout_is_quantized_block_by_block() -> None:
@@ -225,7 +225,7 @@ def test_a_symbolic_layout_is_quantized_block_by_block() -> None:
     )
     template = Layout.from_json(template.to_json().replace('"w"', '"{}.w"'))
     blocks = [
-        Block(template, [Instance("0", [0, 1]), Instance("1", [2, 3])]),
+        Block(template, [Instance("0", [0, 1]), Instance("1", [2, 3], "place 0")]),
         Block(sharded("head", "bfloat16", (40, 16), 0, 1), [Instance("", [3])]),
     ]
     source = SymbolicLayout(blocks)
@@ -257,10 +257,10 @@ def test_what_is_not_chosen_stays_where_it_is() -> None:
     made = quantized(layout, {"b", "c"}, (4, 4))
     assert [b.name for b in made.layout.buffers] == [
         "fused",
-        "quantized:b",
-        "quantized:b_scale_inv",
-        "quantized:c",
-        "quantized:c_scale_inv",
+        "quantized:fused",
+        "quantized:single",
+        "scales:fused",
+        "scales:single",
     ]
     assert made.layout.padding == layout.padding
     assert {t.name: (t.dtype, t.shape) for t in made.layout.tensors} == {
@@ -335,7 +335,7 @@ def test_the_first_number_that_is_not_finite_is_named(
     made.fill({(0, "w"): memory(weights)}, buffers, implementation=implementation)
     values, scales = quantized_by_loops(weights, (128, 128))
     assert np.array_equal(buffers[0, "quantized:w"], memory(values))
-    assert np.array_equal(buffers[0, "quantized:w_scale_inv"], memory(scales))
+    assert np.array_equal(buffers[0, "scales:w"], memory(scales))
 
 
 def test_bad_memory_is_refused_before_anything_is_written() -> None:
