@@ -58,7 +58,9 @@ Bytes = npt.NDArray[np.uint8]
 BlockShape = tuple[int, int]
 
 VALUES, SCALES = "float8_e4m3fn", "float32"
-_PREFIX = "quantized:"
+# What is made is named after the source's buffer, not after the tensor: an instance of a symbolic
+# block labels tensors and buffers differently, and a rank must find its own in the whole plan.
+_VALUES_OF, _SCALES_OF = "quantized:", "scales:"
 
 
 def scale_name(tensor: str) -> str:
@@ -71,7 +73,8 @@ class Quantization:
     """A source layout and what is made of it.
 
     source: the layout given. layout: the derived one, to plan from. made: the new buffers, two for
-    each rank and tensor; the rest of ``layout`` is buffers of the source. block: (rows, columns).
+    each of the source's that holds chosen tensors; the rest of ``layout`` is buffers of the source.
+    block: (rows, columns).
     """
 
     source: Layout
@@ -117,8 +120,9 @@ def quantized(
     source: any layout, of one rank or of many; the result for a rank is the same. names: names of
     the tensors, all of which must be in its table, or a predicate. block: sizes of a block in rows
     and columns, config.json's weight_block_size.
-    Fragments of chosen tensors get new dense buffers, named after the tensor with "quantized:"
-    before it; buffers of which nothing else is left disappear from the layout.
+    Fragments of chosen tensors get new dense buffers, two for each buffer that holds any: its name
+    with "quantized:" and with "scales:" before it. Buffers of which nothing else is left disappear
+    from the layout.
     LayoutError, naming tensor, region and rank: a fragment cuts a block, the tensor is no matrix of
     bfloat16 or float32, it is unknown, or its scales exist already.
     """
@@ -139,9 +143,10 @@ def quantized(
         extent = fragment.region.extent
         offset = [o // b for o, b in zip(fragment.region.offset, (rows, columns), strict=True)]
         scales = [-(-e // b) for e, b in zip(extent, (rows, columns), strict=True)]
-        fragments.append(_dense(fragment.tensor, fragment.region, fragment.rank, VALUES, sizes))
-        name, region = scale_name(fragment.tensor), Region(offset, scales)
-        fragments.append(_dense(name, region, fragment.rank, SCALES, sizes))
+        key = (fragment.rank, _VALUES_OF + fragment.buffer)
+        fragments.append(_dense(fragment.tensor, fragment.region, key, VALUES, sizes))
+        name, key = scale_name(fragment.tensor), (fragment.rank, _SCALES_OF + fragment.buffer)
+        fragments.append(_dense(name, Region(offset, scales), key, SCALES, sizes))
     made = tuple(Buffer(rank, name, nbytes) for (rank, name), nbytes in sizes.items())
     left = {(f.rank, f.buffer) for f in source.fragments if f.tensor not in chosen}
     kept = [b for b in source.buffers if (b.rank, b.name) in left]
@@ -240,10 +245,9 @@ def _quantized_tensors(tensor: Tensor, block: BlockShape) -> list[Tensor]:
 
 
 def _dense(
-    tensor: str, region: Region, rank: int, dtype: str, sizes: dict[tuple[int, str], int]
+    tensor: str, region: Region, key: tuple[int, str], dtype: str, sizes: dict[tuple[int, str], int]
 ) -> Fragment:
-    """A dense fragment at the end of the new buffer of this rank and tensor."""
-    key, item = (rank, _PREFIX + tensor), itemsize(dtype)
-    start = sizes.setdefault(key, 0)
+    """A dense fragment at the end of the new buffer `key`: (rank, name)."""
+    item, start = itemsize(dtype), sizes.setdefault(key, 0)
     sizes[key] += region.elements * item
-    return Fragment(tensor, region, rank, key[1], start, [region.extent[1] * item, item])
+    return Fragment(tensor, region, *key, start, [region.extent[1] * item, item])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_quantization import quantized_by_loops
 from sample_layouts import ITEMSIZE, Buffers, allocate, dense_strides, sharded
 
 from kimisys.errors import BufferMismatchError, LayoutError, NotFiniteError
@@ -32,23 +33,6 @@ from kimisys.reshard.quantize import (
 )
 
 SIGNED = {"bfloat16": torch.int16, "float32": torch.int32}
-
-
-def reference(weights: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values as uint8 and scales, by loops over blocks and PyTorch's own cast."""
-    rows, columns = weights.shape
-    values = torch.zeros((rows, columns), dtype=torch.float8_e4m3fn)
-    scales = torch.zeros((-(-rows // block[0]), -(-columns // block[1])))
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            at = (
-                slice(i * block[0], (i + 1) * block[0]),
-                slice(j * block[1], (j + 1) * block[1]),
-            )
-            part = weights[at].float()
-            scales[i, j] = part.abs().amax().clamp(1e-4) / 448.0
-            values[at] = (part * (1.0 / scales[i, j])).to(torch.float8_e4m3fn)
-    return values.view(torch.uint8), scales
 
 
 def random_weights(shape: tuple[int, int], dtype: str, seed: int) -> torch.Tensor:
@@ -91,11 +75,11 @@ def quantize_whole(
     made = quantized(layout, ["w"], block)
     buffers = {key: np.full_like(b, 0xEE) for key, b in made.allocate().items()}
     made.fill(sources, buffers, **options)  # type: ignore[arg-type]
-    return buffers[0, "quantized:w"], buffers[0, "quantized:w_scale_inv"]
+    return buffers[0, "quantized:w"], buffers[0, "scales:w"]
 
 
 def agrees(found: tuple[np.ndarray, np.ndarray], weights: torch.Tensor, *block: int) -> bool:
-    values, scales = reference(weights, (block[0], block[1]))
+    values, scales = quantized_by_loops(weights, (block[0], block[1]))
     return np.array_equal(found[0], memory(values)) and np.array_equal(found[1], memory(scales))
 
 
@@ -217,12 +201,12 @@ def test_each_rank_quantizes_its_own_and_receives_its_own(
     check_whole_blocks(wanted, (block, block))
     landed = allocate(wanted, fill=0xEE)
     plan(made.layout, wanted).execute(sources, landed)
-    values, scales = reference(weights, (block, block))
+    values, scales = quantized_by_loops(weights, (block, block))
     gathered = float8_grid(shape, (1, 1), block)
     back = allocate(gathered)
     plan(wanted, gathered).execute(landed, back)
     assert np.array_equal(back[0, "quantized:w"], memory(values))
-    assert np.array_equal(back[0, "quantized:w_scale_inv"], memory(scales))
+    assert np.array_equal(back[0, "scales:w"], memory(scales))
 
 
 def test_a_symbolic_layout_is_quantized_block_by_block() -> None:
@@ -241,7 +225,7 @@ def test_a_symbolic_layout_is_quantized_block_by_block() -> None:
     )
     template = Layout.from_json(template.to_json().replace('"w"', '"{}.w"'))
     blocks = [
-        Block(template, [Instance("0", [0, 1]), Instance("1", [2, 3])]),
+        Block(template, [Instance("0", [0, 1]), Instance("1", [2, 3], "place 0")]),
         Block(sharded("head", "bfloat16", (40, 16), 0, 1), [Instance("", [3])]),
     ]
     source = SymbolicLayout(blocks)
@@ -273,10 +257,10 @@ def test_what_is_not_chosen_stays_where_it_is() -> None:
     made = quantized(layout, {"b", "c"}, (4, 4))
     assert [b.name for b in made.layout.buffers] == [
         "fused",
-        "quantized:b",
-        "quantized:b_scale_inv",
-        "quantized:c",
-        "quantized:c_scale_inv",
+        "quantized:fused",
+        "quantized:single",
+        "scales:fused",
+        "scales:single",
     ]
     assert made.layout.padding == layout.padding
     assert {t.name: (t.dtype, t.shape) for t in made.layout.tensors} == {
@@ -349,9 +333,9 @@ def test_the_first_number_that_is_not_finite_is_named(
         made.fill(sources, buffers, threads=2, implementation=implementation)
     weights[150, 2300] = weights[290, 2400] = 1.0
     made.fill({(0, "w"): memory(weights)}, buffers, implementation=implementation)
-    values, scales = reference(weights, (128, 128))
+    values, scales = quantized_by_loops(weights, (128, 128))
     assert np.array_equal(buffers[0, "quantized:w"], memory(values))
-    assert np.array_equal(buffers[0, "quantized:w_scale_inv"], memory(scales))
+    assert np.array_equal(buffers[0, "scales:w"], memory(scales))
 
 
 def test_bad_memory_is_refused_before_anything_is_written() -> None:

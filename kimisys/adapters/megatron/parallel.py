@@ -175,6 +175,7 @@ def check_stages(parallel: Parallel, layers: int) -> None:
             f"pipeline_parallel {parallel.pipeline} does not divide num_hidden_layers "
             f"{layers}: each stage must hold as many layers; "
             f"pipeline_parallel may be one of {legal}, or say first and last"
+            + (f": {pairs}" if (pairs := _legal_ends(parallel, layers)) else "")
         )
     raise LayoutError(
         f"{layers} layers{f' less {sum(ends)} at the ends' if ends else ''} cannot be split evenly "

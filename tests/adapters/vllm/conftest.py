@@ -13,9 +13,6 @@ from tiny_checkpoints import write_config
 from tiny_models import LLAMA3_ROPE
 from vllm_engine_process import EngineProcess
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 if importlib.util.find_spec("torchvision") is None:
     # vLLM looks at its models in processes of their own, which read this variable.
     stand_in = str(Path(__file__).parent / "without_torchvision")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from own_loading import Model, loaded_by_vllm
 from tiny_checkpoints import (
     checkpoint,
     memory_buffers,
@@ -15,7 +16,6 @@ from tiny_checkpoints import (
     tensor_table,
     write_config,
 )
-from vllm.config import VllmConfig
 
 from kimisys.adapters.vllm.layout import build_model, offline_config, trace_vllm_layout
 from kimisys.adapters.vllm.parallel import EngineParallel
@@ -32,7 +32,6 @@ FAMILIES = [
     "qwen2_5_vl",
 ]
 MOE = ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe"]
-Model = tuple[VllmConfig, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +43,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
         given = checkpoint(folder, seed=3)
         made[family] = (offline_config(folder, "float32"), given)
     return made
-
-
-def loaded_by_vllm(model: Model, parallel: EngineParallel, rank: int) -> dict[str, torch.Tensor]:
-    """What vLLM's own loader leaves in every parameter of a rank; sevens where it wrote nothing."""
-    config, given = model
-    made = build_model(config, parallel, rank, device="cpu")
-    expected = dict(made.module.named_parameters())
-    with torch.no_grad():
-        for parameter in expected.values():
-            parameter.fill_(7.0)
-    made.load(given)
-    return {name: parameter.detach() for name, parameter in expected.items()}
 
 
 CASES = [
