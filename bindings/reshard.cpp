@@ -119,6 +119,17 @@ void bind_parts(py::module_& module) {
 
 using Column = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
+// Integers of any width; of others numpy would cut off the fraction in silence. An empty list is an
+// array of floats, and as good as any.
+Column column_of(const py::object& given, const char* name) {
+  const auto array = py::array::ensure(given);
+  const char kind = array ? array.dtype().kind() : 'O';
+  KIMISYS_CHECK(array && (array.size() == 0 || kind == 'i' || kind == 'u'), ErrorCode::kLayout,
+                name, " should be an array of integers, and is one of kind '", kind,
+                "'; convert it to int64");
+  return Column::ensure(array);
+}
+
 void check_shape(const Column& column, const char* name, py::ssize_t dims, py::ssize_t rows) {
   KIMISYS_CHECK(column.ndim() == dims && column.shape(0) == rows, ErrorCode::kLayout, name, " has ",
                 column.ndim(), " dimensions",
@@ -126,10 +137,29 @@ void check_shape(const Column& column, const char* name, py::ssize_t dims, py::s
                 " and ", rows, " rows, as many as there are fragments");
 }
 
-Layout from_arrays(std::vector<Tensor> tensors, std::vector<Buffer> buffers, const Column& tensor,
-                   const Column& buffer, const Column& offset, const Column& extent,
-                   const Column& byte_offset, const Column& byte_strides,
-                   const std::optional<Column>& padding, std::vector<Place> places) {
+std::vector<PaddingRow> padding_rows(const py::object& given) {
+  const Column padding = column_of(given, "padding");
+  KIMISYS_CHECK(padding.ndim() == 2 && padding.shape(1) == 3, ErrorCode::kLayout,
+                "padding should be an array of [m, 3]: buffer, byte offset, nbytes");
+  std::vector<PaddingRow> rows;
+  for (py::ssize_t i = 0; i < padding.shape(0); ++i) {
+    rows.push_back(
+        {static_cast<std::size_t>(padding.at(i, 0)), padding.at(i, 1), padding.at(i, 2)});
+  }
+  return rows;
+}
+
+Layout from_arrays(std::vector<Tensor> tensors, std::vector<Buffer> buffers,
+                   const py::object& tensors_of, const py::object& buffers_of,
+                   const py::object& offsets, const py::object& extents,
+                   const py::object& byte_offsets, const py::object& strides,
+                   const std::optional<py::object>& paddings, std::vector<Place> places) {
+  const Column tensor = column_of(tensors_of, "tensor");
+  const Column buffer = column_of(buffers_of, "buffer");
+  const Column offset = column_of(offsets, "offset");
+  const Column extent = column_of(extents, "extent");
+  const Column byte_offset = column_of(byte_offsets, "byte_offset");
+  const Column byte_strides = column_of(strides, "byte_strides");
   const py::ssize_t count = tensor.size();
   check_shape(tensor, "tensor", 1, count);
   check_shape(buffer, "buffer", 1, count);
@@ -158,15 +188,8 @@ Layout from_arrays(std::vector<Tensor> tensors, std::vector<Buffer> buffers, con
          byte_offset.at(i),
          dims == 0 ? Dims() : some(byte_strides, "byte_strides")});
   }
-  std::vector<PaddingRow> gaps;
-  if (padding) {
-    KIMISYS_CHECK(padding->ndim() == 2 && padding->shape(1) == 3, ErrorCode::kLayout,
-                  "padding should be an array of [m, 3]: buffer, byte offset, nbytes");
-    for (py::ssize_t i = 0; i < padding->shape(0); ++i) {
-      gaps.push_back(
-          {static_cast<std::size_t>(padding->at(i, 0)), padding->at(i, 1), padding->at(i, 2)});
-    }
-  }
+  const std::vector<PaddingRow> gaps =
+      paddings ? padding_rows(*paddings) : std::vector<PaddingRow>();
   return Layout::of_rows(std::move(tensors), std::move(buffers), rows, gaps, std::move(places));
 }
 

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from kimisys.errors import KimisysError, LayoutError
+from kimisys.errors import KimisysError
 from kimisys.trainer.config import (
     ConfigError,
     EvalConfig,
@@ -41,8 +41,8 @@ Flat = tyro.conf.arg(name="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 2 an
-    illegal layout, 130 interrupted."""
+    """Entry point of the `kimisys` command. Exit status: 0 done, 1 a clear error, 130
+    interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console(width=None if sys.stdout.isatty() else 110, markup=False)
     with _told(console):
@@ -181,7 +181,7 @@ def _told(console: Console) -> Iterator[None]:
         name = type(error).__name__
         errors.print(Text(name, "bold red"), Text(f": {error}"), sep="", soft_wrap=True)
         _print_notes(errors, error)
-        sys.exit(2 if isinstance(error, LayoutError) else 1)
+        sys.exit(1)
     except KeyboardInterrupt as interrupt:
         errors.print("interrupted: every process of the run has ended", highlight=False)
         _print_notes(errors, interrupt)

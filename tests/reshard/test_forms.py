@@ -118,6 +118,8 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         (2, [[0]], "offset has 1 columns; tensor 'w' has 2 dimensions"),
         (3, [8, 2], "extent"),
         (4, [1], "leaves buffer"),
+        (2, [[0.5, 0]], "offset should be an array of integers, and is one of kind 'f'"),
+        (0, ["w"], "tensor should be an array of integers"),
     ]
     for argument, value, words in bad:
         arguments: list[object] = list(good)

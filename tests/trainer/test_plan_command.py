@@ -142,7 +142,7 @@ def test_an_illegal_layout_ends_with_one_message(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         planned(model, train=train, infer=infer)
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     told = capsys.readouterr().err
     assert told.startswith("LayoutError: ") and message in told
     assert told.count("\n") == 1
