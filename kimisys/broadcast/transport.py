@@ -11,7 +11,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kimisys._core.broadcast import Snapshot
 from kimisys.broadcast.wire import Deadline
+from kimisys.errors import SnapshotError
 
 Ranges = npt.NDArray[np.int64]
 """int64[n, 3]: offset in the publisher's memory, offset in the reader's buffer, bytes."""
@@ -41,6 +43,32 @@ class Memory(Protocol):
     def close(self) -> None:
         """Lets go of the memory. Idempotent."""
         ...
+
+
+class SharedMemory:
+    """A publisher's memory on the same machine, mapped."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot: Snapshot | None = snapshot
+
+    @property
+    def nbytes(self) -> int:
+        return self._mapping.parts.nbytes
+
+    def read(self, ranges: Ranges, into: memoryview, deadline: Deadline) -> None:
+        self._mapping.read(ranges, into)
+
+    def mapped(self) -> memoryview:
+        return memoryview(self._mapping.mapped())
+
+    def close(self) -> None:
+        self._snapshot = None
+
+    @property
+    def _mapping(self) -> Snapshot:
+        if self._snapshot is None:
+            raise SnapshotError("this memory was closed; connect again")
+        return self._snapshot
 
 
 class Meter:
