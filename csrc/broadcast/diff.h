@@ -90,6 +90,13 @@ class Diff {
   Band band(std::size_t first, std::size_t last, const std::vector<const std::byte*>& live,
             std::byte* snapshot) const;
   void add_counted(const reshard::Layout& snapshot_rank, const reshard::Layout& counted);
+  std::vector<std::pair<std::size_t, std::size_t>> bands(std::size_t chunk) const;
+  static std::uint64_t sum_parts(const Pair& pair, const std::vector<reshard::Region>& parts,
+                                 const std::byte* snapshot, const DiffKernel& kernel);
+  std::uint64_t increment(const Band& band, std::size_t member, const ChangeList& changes,
+                          const std::byte* snapshot, const DiffKernel& kernel);
+  void finish(const Band& band, std::size_t member, const ChangeList& changes, std::byte* snapshot,
+              ChunkDelta& out, const DiffKernel& kernel);
 
   reshard::Layout live_;
   std::vector<Pair> pairs_;  // by fragment of the snapshot's layout

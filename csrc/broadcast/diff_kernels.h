@@ -43,11 +43,13 @@ struct Run {
 // and writes them to the snapshot.
 using CompareRun = void (*)(const Run& run, std::uint32_t position, ChangeList& out);
 
-// Which counter (see mix.h) the element at a position of a block has: rows of `row` elements lie
-// next to each other in the tensor, and `skip` elements of other blocks lie between two of them.
+// Which counter (see mix.h) the element at a position of a block has. Positions count rows of `row`
+// elements; from one element to the next the flat index of the tensor grows by `step`, and from the
+// last of a row to the first of the next by `skip` more.
 struct Counters {
   std::uint64_t first = 0;
   std::uint64_t row = 1;  // at most kMaxBlockElements
+  std::uint64_t step = 1;
   std::uint64_t skip = 0;
 };
 
@@ -69,7 +71,7 @@ struct DiffKernel {
   Comparisons strided;                // any strides
   std::array<SumChanges, 4> changes;  // by width
   std::array<RunSum, 4> runs;         // the digest's, by width
-  const reshard::RowSet* rows;        // for copies; null: any rows, element by element
+  const reshard::RowSet* rows;        // for copies
 
   CompareRun compare(DType from, DType to, bool is_dense) const;
 };
