@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 #include <span>
 #include <utility>
@@ -139,7 +140,7 @@ void bind_published(py::module_& module) {
                              [](const Published& self) { return as_array(self.digests); });
 }
 
-using SnapshotClass = py::class_<Snapshot>;
+using SnapshotClass = py::class_<Snapshot, std::shared_ptr<Snapshot>>;
 
 void bind_reading(SnapshotClass& type) {
   type.def_buffer(&view)

@@ -110,6 +110,39 @@ class Draft:
         changed: int,
     ) -> int: ...
 
+@final
+class Publish:
+    @property
+    def version(self) -> int: ...
+    @property
+    def base(self) -> int | None: ...
+    @property
+    def elements(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def changed(self) -> int: ...
+    @property
+    def record_nbytes(self) -> int: ...
+    @property
+    def whole_nbytes(self) -> int: ...
+    @property
+    def referred_nbytes(self) -> int: ...
+
+@final
+class PublisherCore:
+    def __init__(
+        self, live: Layout, snapshot: Layout, counted: Layout, memory: Snapshot
+    ) -> None: ...
+    def publish(
+        self,
+        version: int,
+        buffers: Mapping[tuple[int, str], _Memory],
+        full: bool = False,
+        threads: int = 0,
+        implementation: str | None = None,
+    ) -> Publish: ...
+
 HEADER_NBYTES: int
 RECORD_HEADER_NBYTES: int
 WORDS_OFFSET: int
