@@ -188,8 +188,8 @@ def test_a_thousand_damages_on_the_way_are_detected(folder: Path) -> None:
     """Truncated and flipped tables, payloads, blocks and digests. Whatever is damaged, what the
     subscriber says it holds is what it holds, to the bit; and the next version heals.
 
-    Some of what is read between two pieces that are needed is itself not needed: such damage passes,
-    and the comparison with what was published shows that it did no harm."""
+    Some of what is read between two pieces that are needed is itself not needed: such damage
+    passes, and the comparison with what was published shows that it did no harm."""
     destination = engine(1)
     landed = allocate(destination)
     detected = harmed = 0
