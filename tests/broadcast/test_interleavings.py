@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from kimisys._core.broadcast import HEADER_NBYTES, WORDS_OFFSET, Draft, Snapshot
