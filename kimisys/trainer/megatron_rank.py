@@ -26,7 +26,8 @@ from kimisys.trainer.batch import Batch
 @dataclass(frozen=True)
 class Improvement:
     """What one iteration learns from. groups: int64[rows], numbered from 0; rewards, reference:
-    float32[rows], reference being log π_i of each completion."""
+    float32[rows], reference being log π_i of each completion. reset: whether the optimizer's state
+    is forgotten first, as k1.5 does; bench/density measures what that means for deltas."""
 
     batch: Batch
     rewards: np.ndarray
@@ -37,6 +38,7 @@ class Improvement:
     tau: float
     clip_gradient: float
     seed: int
+    reset: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ class MegatronRank(Actor):
     def improve(self, work: Improvement) -> Improved:
         """One iteration of k1.5: the optimizer's state is forgotten, then one step on each
         minibatch."""
-        self.policy.reset_optimizer()
+        if work.reset:
+            self.policy.reset_optimizer()
         order = np.random.default_rng(work.seed).permutation(int(work.groups.max()) + 1)
         losses, norms, divergence = [], [], 0.0
         for chosen in np.array_split(order, work.minibatches):
