@@ -36,27 +36,30 @@ def run(
 ) -> None:
     """Measure, print, and write the record after each regime."""
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as folder, console.status("starting Megatron") as status:
-        with closing(Study(config, arithmetic.task(), Path(folder), status.update)) as study:
-            record: dict[str, Any] = {
-                "config": asdict(config),
-                "machine": machine(),
-                "parameters": study.parameters,
-                "warm_up_loss": study.loss,
-                "pass_rate": study.pass_rate,
-                "cells": [],
-            }
-            console.print(
-                f"{study.parameters:,} parameters, loss {study.loss:.3f} after warm-up, "
-                f"{study.pass_rate:.3f} of the answers are right"
-            )
-            for regime in regimes(config):
-                status.update(str(regime))
-                cell = study.cell(regime)
-                record["cells"].append(asdict(cell))
-                console.print(line(cell), highlight=False)
-                if json_file is not None:
-                    json_file.write_text(json.dumps(record, indent=1) + "\n")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        console.status("starting Megatron") as status,
+        closing(Study(config, arithmetic.task(), Path(folder), status.update)) as study,
+    ):
+        record: dict[str, Any] = {
+            "config": asdict(config),
+            "machine": machine(),
+            "parameters": study.parameters,
+            "warm_up_loss": study.loss,
+            "pass_rate": study.pass_rate,
+            "cells": [],
+        }
+        console.print(
+            f"{study.parameters:,} parameters, loss {study.loss:.3f} after warm-up, "
+            f"{study.pass_rate:.3f} of the answers are right"
+        )
+        for regime in regimes(config):
+            status.update(str(regime))
+            cell = study.cell(regime)
+            record["cells"].append(asdict(cell))
+            console.print(line(cell), highlight=False)
+            if json_file is not None:
+                json_file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def line(cell: Cell) -> str:

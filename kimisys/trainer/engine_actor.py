@@ -27,9 +27,9 @@ class EngineActor(Actor):
         """Plan the pull from the publishers at `addresses`."""
         await self._started().connect(addresses)
 
-    async def update(self, version: int) -> dict[str, Any]:
+    async def update(self, version: int, full: bool) -> dict[str, Any]:
         """Pull, verify, pack and serve `version`; returns what Engine.update reports."""
-        return await self._started().update(version)
+        return await self._started().update(version, full=full)
 
     async def generate(
         self,

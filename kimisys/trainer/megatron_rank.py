@@ -16,7 +16,7 @@ from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_model
 from kimisys.adapters.megatron.policy import LossShare, Policy
 from kimisys.adapters.ray import Actor
-from kimisys.broadcast import Publisher, snapshot_layout
+from kimisys.broadcast import Publication, Publisher, snapshot_layout
 from kimisys.reshard import Layout, plan
 from kimisys.reshard.safetensors import open_checkpoint, open_for_writing
 from kimisys.rl.policy_loss import group_advantages, policy_loss, sample_weights
@@ -148,11 +148,12 @@ class MegatronRank(Actor):
             self.layout, merged, self.rank, Path(folder) / f"rank{self.rank}"
         )
 
-    def publish(self, version: int) -> None:
-        """Publish the live weights as `version`."""
+    def publish(self, version: int, full: bool) -> Publication:
+        """Publish the live weights as `version`: what changed since the last one, or with `full`
+        everything anew."""
         if self._publisher is None:
             raise RuntimeError("open_publisher comes before publish")
-        self._publisher.publish(version, self.buffers, threads=1)
+        return self._publisher.publish(version, self.buffers, threads=1, full=full)
 
     def sft(self, batches: Sequence[Batch], rates: Sequence[float], clip: float) -> list[float]:
         """One AdamW step on each batch; returns the mean cross-entropy of each, in nats per
