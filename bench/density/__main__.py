@@ -68,7 +68,8 @@ def line(cell: Cell) -> str:
     kept = "reset" if regime.reset else "kept"
     text = (
         f"{regime.wire_dtype} {regime.learning_rate:.0e} {regime.steps_per_sync} steps, {kept:5} "
-        f"density {cell.median:8.4%}, moved {cell.moved:.2f} rates"
+        f"density {cell.median:8.4%}, {cell.record_nbytes / cell.full_nbytes:.2%} of the bytes, "
+        f"moved {cell.moved:.2f} rates"
     )
     if cell.predicted_from_rate is None or cell.predicted_from_moves is None:
         return text

@@ -14,8 +14,9 @@ Floats = npt.NDArray[np.float32]
 def spacing(weights: Floats) -> Floats:
     """The distance between neighbouring bfloat16 numbers around each weight, float32 like it:
     2^-8 to 2^-7 of the weight's size."""
-    _, exponents = np.frexp(weights)  # |w| = m · 2^e with m in [0.5, 1)
-    exponents = np.maximum(exponents - 1, _SMALLEST_EXPONENT)
+    _, exponents = np.frexp(weights)  # |w| = m · 2^e with m in [0.5, 1); e is 0 at 0
+    exponents = np.where(weights == 0, _SMALLEST_EXPONENT, exponents - 1)
+    exponents = np.maximum(exponents, _SMALLEST_EXPONENT)
     return np.ldexp(np.float32(1), exponents - FRACTION_BITS).astype(np.float32)
 
 

@@ -1,5 +1,6 @@
 """The study: a policy is warmed up once, then goes a few iterations of k1.5 at every learning rate,
-each time from the same weights; after each, what changed on the wire is counted."""
+each time from the same weights. After each it is published, as a delta, and what the publisher
+says of it is compared with a count of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ import torch
 
 from bench.density.prediction import Floats, predicted_density
 from bench.density.samples import Answers, draw_answers
+from kimisys.broadcast import Publication
+from kimisys.errors import KimisysError
 from kimisys.trainer.config import Dtype, SftConfig, ShapeConfig
 from kimisys.trainer.megatron_rank import Improvement, MegatronRank, Place
 from kimisys.trainer.model_folder import ModelFolder, make_model, planned_model
@@ -22,6 +25,11 @@ from kimisys.trainer.warm_up import Demonstrations
 
 TAU, CLIP = 0.1, 1.0
 _TIMEOUT_SECONDS = 600.0
+
+
+class CountError(KimisysError):
+    """The publisher and the study count differently."""
+
 
 Tell = Callable[[str], object]
 
@@ -65,16 +73,20 @@ class Regime:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one regime gave: medians over the syncs that count.
+    """What one regime gave, over the syncs that count: medians, but for `density`.
 
-    density: changed / all elements of the wire, at each of these syncs. predicted_from_rate: what
-    one move of every weight by the learning rate would change, predicted; predicted_from_moves: the
+    density: changed / all published elements, at each of these syncs. predicted_from_rate: what one
+    move of every weight by the learning rate would change, predicted; predicted_from_moves: the
     same for the moves that the weights made. moved: their mean size, in learning rates.
+    record_nbytes: of the delta, with the blocks that it leaves to be read in full. full_nbytes: of
+    all elements.
     """
 
     regime: Regime
     density: tuple[float, ...]
     median: float
+    record_nbytes: int
+    full_nbytes: int
     predicted_from_rate: float | None
     predicted_from_moves: float | None
     moved: float
@@ -84,7 +96,7 @@ class Study:
     """A warmed-up policy on one Megatron rank, and the answers that it is trained on."""
 
     def __init__(self, config: StudyConfig, task: Task, folder: Path, tell: Tell) -> None:
-        self._config = config
+        self._config, self._folder = config, folder
         model = planned_model(folder / "model", config.shape, task)
         make_model(model, config.seed)
         place = Place(0, 1, 1, "127.0.0.1", _free_port())
@@ -116,19 +128,25 @@ class Study:
             for parameter, bits in zip(rank.model.parameters(), self._start, strict=True):
                 parameter.copy_(bits)
         rank.policy.reset_optimizer()
-        rank.snapshot(regime.wire_dtype)
+        rank.open_publisher([rank.snapshot(regime.wire_dtype)], str(self._folder))
+        rank.publish(0, full=True)
         found: list[tuple[float, ...]] = []
         for i, answers in enumerate(self._answers):
             before = self._weights()
             self._improve(answers, regime, config.seed + i)
+            after = self._weights()
+            published = rank.publish(i + 1, full=False)
+            _check_count(published, before, after, regime)
             if i >= config.iterations - config.settled:
-                found.append(_compare(before, self._weights(), regime))
-        density, by_rate, by_moves, moved = zip(*found, strict=True)
+                found.append(_figures(published, before, after, regime.learning_rate))
+        density, sent, by_rate, by_moves, moved = zip(*found, strict=True)
         bfloat16 = regime.wire_dtype == "bfloat16"
         return Cell(
             regime,
             density,
             statistics.median(density),
+            int(statistics.median(sent)),
+            published.nbytes,
             statistics.median(by_rate) if bfloat16 else None,
             statistics.median(by_moves) if bfloat16 else None,
             statistics.median(moved),
@@ -174,14 +192,25 @@ class Study:
         return torch.cat(flat).numpy()
 
 
-def _compare(before: Floats, after: Floats, regime: Regime) -> tuple[float, float, float, float]:
-    """Density, predicted from the rate and from the moves, and how far the weights moved."""
+def _check_count(published: Publication, before: Floats, after: Floats, regime: Regime) -> None:
+    """Raise CountError unless exactly the elements that the publisher counts have changed."""
+    dtype = regime.wire_dtype
+    changed = int(np.count_nonzero(_bits(before, dtype) != _bits(after, dtype)))
+    if published.base is None or published.changed != changed:
+        raise CountError(f"{changed} elements changed under {regime}, but {published}")
+
+
+def _figures(
+    published: Publication, before: Floats, after: Floats, rate: float
+) -> tuple[float, ...]:
+    """Density, bytes, predictions from the rate and from the moves, how far the weights moved."""
     moves = np.abs(after - before)
     return (
-        float(np.mean(_bits(before, regime.wire_dtype) != _bits(after, regime.wire_dtype))),
-        predicted_density(before, regime.learning_rate),
+        published.density,
+        published.delta_nbytes + published.reference_nbytes,
+        predicted_density(before, rate),
         predicted_density(before, moves),
-        float(moves.mean(dtype=np.float64)) / regime.learning_rate,
+        float(moves.mean(dtype=np.float64)) / rate,
     )
 
 

@@ -28,8 +28,6 @@ class Control:
         most = min(task.max_completion_tokens, _MAX_TOKENS)
         self._greedy = Sampling(1, 0.0, most, [tokenizer.eos_id], seed=0)
         self._eos = tokenizer.eos_id
-        self.compared = 0
-        """Versions that were found equal."""
 
     def connect(self, addresses: Sequence[Path]) -> None:
         """As Engines.connect, for the control."""
@@ -51,7 +49,6 @@ class Control:
                         "took the version whole: one of them does not hold what it verified"
                     )
         self._compare_greedy(version)
-        self.compared += 1
 
     def _compare_greedy(self, version: int) -> None:
         (expected,) = self._complete(self._whole, version)

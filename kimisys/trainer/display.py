@@ -97,6 +97,9 @@ def _add_deltas(table: Table, summary: Summary) -> None:
     if summary.delta_density_median is not None:
         received += f"; {summary.delta_density_median:.2%} of the weights change, in the median"
     table.add_row("of these by deltas", received)
+    if summary.control_compared is not None:
+        agreed = f"computed the same bits in each of {summary.control_compared} versions"
+        table.add_row("the control engine", agreed)
 
 
 def _add_reinforcement(table: Table, summary: Summary) -> None:

@@ -88,6 +88,7 @@ class Iterations:
         self._watch.sync_seconds.append(time.perf_counter() - start)
         if self._control is not None and self._served == progress.version:
             self._control.follow(self._served)
+            self._watch.compared += 1
         trainer = self._ranks.one("probe", self._probe)
         gap = max(probe_gap(trainer, e) for e in self._engines.probe(self._probe, self._served))
         self._watch.note_probe(progress.version, gap, self._served == progress.version)

@@ -295,6 +295,7 @@ class Master:
             delta_density_median=statistics.median(watch.density) if watch.density else None,
             delta_bytes_total=watch.wire_nbytes,
             full_bytes_total=watch.full_nbytes,
+            control_compared=watch.compared or None,
         )
 
 

@@ -142,7 +142,10 @@ class MegatronRank(Actor):
         return snapshot_layout(self.layout, wire_dtype).to_json()
 
     def open_publisher(self, snapshots: Sequence[str], folder: str) -> None:
-        """Serve this rank's snapshot at `folder`/rankN, given the snapshot layouts of all ranks."""
+        """Serve this rank's snapshot at `folder`/rankN, given the snapshot layouts of all ranks.
+        A former publisher is closed."""
+        if self._publisher is not None:
+            self._publisher.close()
         merged = Layout.merge([Layout.from_json(text) for text in snapshots])
         self._publisher = Publisher(
             self.layout, merged, self.rank, Path(folder) / f"rank{self.rank}"

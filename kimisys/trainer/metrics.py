@@ -120,6 +120,8 @@ class Summary:
     """Bytes that the engines received; like the next one, not known of runs before deltas."""
     full_bytes_total: int | None = None
     """Bytes that full pulls of the same versions would have been."""
+    control_compared: int | None = None
+    """Versions in which the engines agreed, bit for bit, with --control-engine."""
 
 
 def open_records(path: Path, last_step: int | None = None) -> TextIO:

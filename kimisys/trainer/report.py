@@ -242,6 +242,7 @@ _LABELS = {
     "delta_density_median": "weights that changed from one version to the next, median",
     "delta_bytes_total": "bytes that the engines received",
     "full_bytes_total": "bytes that they would have received in full",
+    "control_compared": "versions in which the control engine computed the same bits",
 }
 
 

@@ -22,7 +22,8 @@ class ReplicaError(KimisysError):
 class Watch:
     """What was checked so far, and the worst that was seen. bound: of the log-probability gap, per
     token. Sums are over all engines; nbytes were written there, wire_nbytes received. density: the
-    share of changed elements, of each version that had a base."""
+    share of changed elements, of each version that had a base. compared: versions in which a
+    control engine agreed."""
 
     bound: float
     logprob_gap: float = 0.0
@@ -36,6 +37,7 @@ class Watch:
     wire_nbytes: int = 0
     full_nbytes: int = 0
     density: list[float] = field(default_factory=list)
+    compared: int = 0
 
     def note_sync(self, sync: Sync) -> None:
         """Count a version that is served."""
