@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from bench.density.plot import draw
 from bench.density.prediction import predicted_density, spacing
 
 RANDOM = np.random.default_rng(3)
@@ -41,3 +47,30 @@ def test_what_does_not_move_does_not_change() -> None:
     assert predicted_density(weights, 0.0) == 0.0
     assert predicted_density(np.zeros(4, np.float32), 0.0) == 0.0
     assert predicted_density(np.zeros(4, np.float32), 1e-6) == 1.0
+
+
+def test_a_small_study_agrees_with_the_prediction_and_is_drawn(tmp_path: Path) -> None:
+    """That the publisher counts what the study counts, the study itself sees to."""
+    small = {
+        **{"--learning-rates": "1e-5", "--iterations": "3", "--settled": "2"},
+        **{"--problems": "2", "--samples": "2", "--sft.steps": "2", "--threads": "1"},
+        **{"--shape.hidden-size": "64", "--shape.layers": "2", "--shape.heads": "2"},
+        **{"--shape.ffn-size": "128", "--json": str(tmp_path / "record.json")},
+    }
+    arguments = [part for option in small.items() for part in option]
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.density", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    cells = {(c["regime"]["wire_dtype"], c["regime"]["reset"]): c for c in record["cells"]}
+    assert set(cells) == {("bfloat16", True), ("bfloat16", False), ("float32", True)}
+    for cell in record["cells"]:
+        if cell["regime"]["wire_dtype"] == "bfloat16":
+            assert cell["median"] == pytest.approx(cell["predicted_from_moves"], rel=0.1)
+    assert cells["float32", True]["median"] > 0.5
+    draw(record, tmp_path / "density.svg")
+    assert "<svg" in (tmp_path / "density.svg").read_text()
