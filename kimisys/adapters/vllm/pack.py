@@ -196,11 +196,14 @@ class Packer:
         self._check_derived(weights)
 
     def _with_siblings(self, touched: Collection[str]) -> frozenset[str]:
-        """With every name below an attention layer that has one of them: its hook may want what
-        packing took from the others."""
-        names = frozenset(touched)
-        found = [self._sources[m] for m in self._attention if self._sources[m] & names]
-        return names.union(*found)
+        """With every name of which a module that is derived again may want the weights: packing took
+        them from it."""
+        names, before = frozenset(touched), frozenset[str]()
+        while names != before:
+            before = names
+            sources = [self._sources[module] for module in (*self._methods, *self._attention)]
+            names = before.union(*(each for each in sources if each & before))
+        return names
 
     def _stale(self, module: torch.nn.Module, names: Collection[str]) -> bool:
         """Whether what a module derived may depend on these; one without parameters may on all."""
