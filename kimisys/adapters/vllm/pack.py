@@ -196,7 +196,7 @@ class Packer:
         self._check_derived(weights)
 
     def _with_siblings(self, touched: Collection[str]) -> frozenset[str]:
-        """With every name of which a module that is derived again may want the weights: packing took
+        """With every name whose weights a module that is derived again may want, as packing took
         them from it."""
         names, before = frozenset(touched), frozenset[str]()
         while names != before:
