@@ -30,7 +30,8 @@ class Control:
         self._eos = tokenizer.eos_id
 
     def connect(self, addresses: Sequence[Path]) -> None:
-        """As Engines.connect, for the control."""
+        """As Engines.connect, for both sides; digests are compared in full at every version."""
+        self._engines.connect(addresses, verify_every=1)
         self._whole.connect(addresses)
 
     def follow(self, version: int) -> None:

@@ -89,10 +89,13 @@ class Engines:
             self._actors.spawn(name, EngineActor, variables, self._config)
             self._starting[name] = self._actors.begin(name, "start")
 
-    def connect(self, addresses: Sequence[Path]) -> None:
-        """Let each engine, once started, plan its pull from the publishers at `addresses`."""
+    def connect(self, addresses: Sequence[Path], verify_every: int = 16) -> None:
+        """Let each engine, once started, plan its pull from the publishers at `addresses`.
+
+        verify_every: after so many updates by deltas everything that has landed is digested.
+        """
         self._actors.wait(self._starting)
-        self._all("connect", [str(address) for address in addresses])
+        self._all("connect", [str(address) for address in addresses], verify_every)
 
     def update(self, version: int, full: bool = False) -> Sync:
         """Let every engine pull, verify and commit the published `version`, by deltas where it can

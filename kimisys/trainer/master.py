@@ -132,9 +132,7 @@ class Master:
                 self._warm_up(ranks)
                 display.phase("connecting the engines")
                 ranks.open_publishers()
-                engines.connect(ranks.addresses)
-                if control is not None:
-                    control.connect(ranks.addresses)
+                (control or engines).connect(ranks.addresses)
                 self._reinforce(config, ranks, engines, control)
             display.phase("saving the weights")
             self._save_model(ranks)

@@ -25,9 +25,10 @@ class Scripted:
     def __init__(self, count: int = 1, wrong_probe: int = -1, wrong_tokens: int = -1) -> None:
         self.count, self.wrong_probe, self.wrong_tokens = count, wrong_probe, wrong_tokens
         self.updates: list[tuple[int, bool]] = []
+        self.verify_every = 0
 
-    def connect(self, addresses: Sequence[Path]) -> None:
-        assert not self.updates
+    def connect(self, addresses: Sequence[Path], verify_every: int = 16) -> None:
+        self.verify_every = verify_every
 
     def update(self, version: int, full: bool = False) -> Sync:
         self.updates.append((version, full))
@@ -57,8 +58,10 @@ def control(engines: Scripted) -> tuple[Control, Scripted]:
 
 
 def test_engines_that_agree_pass_and_the_control_takes_each_version_whole() -> None:
-    made, whole = control(Scripted(count=3))
+    engines = Scripted(count=3)
+    made, whole = control(engines)
     made.connect([])
+    assert (engines.verify_every, whole.verify_every) == (1, 16)
     for version in (1, 2):
         made.follow(version)
     assert whole.updates == [(1, True), (2, True)]
