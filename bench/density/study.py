@@ -41,12 +41,12 @@ class StudyConfig:
     learning_rates: tuple[float, ...] = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     steps_per_sync: tuple[int, ...] = (1, 4)
     """Optimizer steps between two syncs; `kimisys train` takes 4."""
-    iterations: int = 10
+    iterations: int = 8
     """Syncs at each learning rate."""
-    settled: int = 4
+    settled: int = 3
     """Of them, the last ones, which count: an optimizer that keeps its state needs some steps to
     forget where it began."""
-    problems: int = 16
+    problems: int = 8
     """Of one iteration."""
     samples: int = 8
     """Of each problem."""
@@ -54,7 +54,7 @@ class StudyConfig:
         default_factory=lambda: ShapeConfig(256, 4, heads=8, kv_heads=4, ffn_size=1024)
     )
     sft: SftConfig = field(
-        default_factory=lambda: SftConfig(steps=200, batch_size=32, learning_rate=1e-3)
+        default_factory=lambda: SftConfig(steps=120, batch_size=32, learning_rate=1e-3)
     )
     threads: int = 2
     seed: int = 1
