@@ -66,6 +66,7 @@ void bind_broadcast(py::module_& module) {
   bind_snapshot(broadcast);
   bind_publish(broadcast);
   bind_delta(broadcast);
+  bind_scatter(broadcast);
 }
 
 }  // namespace kimisys::bindings
