@@ -162,6 +162,7 @@ def test_a_reader_killed_in_mid_pull_disturbs_nobody(folder: Path) -> None:
     weights = allocate(live, 1)
     with Publisher(live, snapshot_layout(live), 0, address) as publisher:
         publisher.publish(1, weights)
+        gc.collect()  # what other tests left
         before = len(os.listdir("/proc/self/fd"))
         version = 1
         for seed in range(3):
