@@ -254,14 +254,6 @@ class Remote:
         with self._named():
             return self._words(WORDS_OFFSET + 24, 1, deadline)[0] <= position
 
-    def confirm_log(self, position: int, deadline: Deadline) -> None:
-        """Raises SnapshotError if what was read from this position on may be overwritten."""
-        if not self.intact(position, deadline):
-            raise SnapshotError(
-                f"{self.who}: a record was overwritten while it was read; it has fallen off the "
-                "log: pull in full, or give the publisher a larger log"
-            )
-
     def confirm_data(self, sequence: int, deadline: Deadline) -> None:
         """Raises SnapshotError unless no publish began since the state with this sequence."""
         with self._named():
