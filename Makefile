@@ -42,14 +42,16 @@ test-asan test-tsan: .venv/.packages .venv/.test-packages
 test-python: setup .venv/.test-packages  ## The Python tests (ARGS="-k digest" selects)
 	$(BIN)/python -m pytest $(ARGS)
 
-fuzz: .venv/.packages .venv/.fuzz-packages  ## Fuzz the compact forms with libFuzzer (FUZZ_SECONDS=60)
+fuzz: .venv/.packages .venv/.fuzz-packages  ## Fuzz the compact forms and the codes of deltas with libFuzzer (FUZZ_SECONDS=60 each)
 	@mkdir -p build
 	@cmake -S . -B build/fuzz -G Ninja -DKIMISYS_FUZZ=ON -DCMAKE_CXX_COMPILER=clang++ \
 	  >build/fuzz.log 2>&1 || { cat build/fuzz.log; exit 1; }
-	@cmake --build build/fuzz --target forms_fuzz forms_corpus
+	@cmake --build build/fuzz --target forms_fuzz forms_corpus code_fuzz
 	build/fuzz/forms_corpus --corpus build/fuzz/corpus
 	build/fuzz/forms_fuzz -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -timeout=10 \
 	  -artifact_prefix=build/fuzz/ -print_final_stats=1 build/fuzz/corpus
+	build/fuzz/code_fuzz -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -timeout=10 \
+	  -max_len=4096 -artifact_prefix=build/fuzz/ -print_final_stats=1
 
 # With the Python of the machine where it has what is needed, else with the .venv's.
 GPU_PYTHON ?= $(or $(shell for p in python3 $(BIN)/python; do $$p -c 'import numpy, pybind11, torch' \
