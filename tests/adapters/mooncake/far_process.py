@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 
 
 def world() -> Any:
-    from kimisys.reshard import Layout
     from worlds import split, whole
+
+    from kimisys.reshard import Layout
 
     live = Layout.merge(
         [
@@ -47,9 +49,10 @@ def values(live: Any, version: int) -> dict[str, np.ndarray]:
 
 
 def publish(folder: Path, host: str) -> None:
+    from worlds import scatter
+
     from kimisys.adapters.mooncake import Engine, Export
     from kimisys.broadcast import Publisher, snapshot_layout
-    from worlds import scatter
 
     live, _ = world()
     snapshot = snapshot_layout(live, "bfloat16")
@@ -70,9 +73,10 @@ def publish(folder: Path, host: str) -> None:
 
 
 def subscribe(folder: Path, host: str) -> None:
+    from worlds import allocate, assert_holds, rounded
+
     from kimisys.adapters.mooncake import Engine, connect
     from kimisys.broadcast import Subscriber
-    from worlds import allocate, assert_holds, rounded
 
     live, destination = world()
     engine = Engine(host, staging_nbytes=1 << 18)
@@ -85,6 +89,7 @@ def subscribe(folder: Path, host: str) -> None:
             try:
                 pulled = subscriber.pull(version, landed, threads=1, timeout_seconds=20)
             except Exception as error:
+                print(traceback.format_exc(), file=sys.stderr)
                 print(json.dumps(f"{type(error).__name__}: {error}"), flush=True)
                 continue
             expected = {name: rounded(bits) for name, bits in values(live, version).items()}
