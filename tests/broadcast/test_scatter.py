@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 
@@ -66,7 +67,7 @@ def publish(layout: Layout, before: Buffers, after: Buffers) -> tuple[Record, by
     descriptors, payloads, _ = diff(layout, layout, after, snapshot, 1)
     begins = Blocks(layout).chunk_begins.tolist()
     offsets, payload = [], b""
-    for begin, end in zip(begins, begins[1:], strict=False):
+    for begin, end in itertools.pairwise(begins):
         offsets.append(len(payload))
         payload += b"".join(payloads[begin:end])
         payload += bytes(-len(payload) % 8)
