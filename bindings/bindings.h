@@ -12,5 +12,6 @@ void bind_table(pybind11::module_& module);
 void bind_route(pybind11::module_& reshard);  // called by bind_reshard
 void bind_broadcast(pybind11::module_& module);
 void bind_quantize(pybind11::module_& module);
+void bind_matrix(pybind11::module_& module);
 
 }  // namespace kimisys::bindings
