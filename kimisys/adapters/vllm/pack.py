@@ -272,7 +272,8 @@ def _packed_by_onednn(weight: torch.Tensor) -> bool:
     if weight.dim() != 2 or weight.element_size() != 2 or current_platform.is_zen_cpu():
         return False
     onednn: bool = kernels.ops._supports_onednn
-    return onednn and not kernels.check_cpu_sgl_kernel(*weight.shape, weight.dtype)
+    rows, columns = weight.shape
+    return onednn and not kernels.check_cpu_sgl_kernel(rows, columns, weight.dtype)
 
 
 def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
