@@ -124,6 +124,7 @@ class Subscriber:
         self._held = Held()
         remotes = peers.remotes(Deadline(_HEADER_SECONDS))
         self._sources = {rank: Source(*remotes[rank]) for rank in sorted(remotes)}
+        self._way(alone=len(self._ranks) == 1)
 
     @property
     def source(self) -> Layout:
@@ -209,6 +210,7 @@ class Subscriber:
 
     def _way(self, alone: bool) -> Way:
         """Made when it is first needed: a subscriber mostly needs one of the two."""
+        alone = alone or len(self._ranks) == 1  # no difference then
         if alone not in self._ways:
             covers = rounds(self._here) if alone else rounds(self._destination)
             parts = [each.of_rank(self.rank) for each in covers]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,11 @@ def subscribe(folder: Path, host: str) -> None:
         subscriber = Subscriber(peers, destination, 0)
         print(json.dumps("ready"), flush=True)
         for line in sys.stdin:
-            version = int(line)
+            version, seconds = int(line.split()[0]), float(line.split()[1])
             try:
-                pulled = subscriber.pull(version, landed, threads=1, timeout_seconds=20)
+                pulled = subscriber.pull(version, landed, threads=1, timeout_seconds=seconds)
             except Exception as error:
+                print(traceback.format_exc(), file=sys.stderr)
                 print(json.dumps(f"{type(error).__name__}: {error}"), flush=True)
                 continue
             expected = {name: rounded(bits) for name, bits in values(live, version).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,11 @@ def namespaces() -> Iterator[dict[str, str]]:
 class Host:
     process: subprocess.Popen[str]
 
+    @property
+    def pid(self) -> int:
+        """``ip netns exec`` becomes the program: it is its process."""
+        return self.process.pid
+
     def ask(self, line: object) -> Any:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n")
@@ -92,18 +98,34 @@ def test_a_full_pull_and_deltas_arrive_bit_equal_on_another_host(
     with host("publish", namespaces["publish"], tmp_path) as trainer:
         assert trainer.ask(1) == 1
         with host("subscribe", namespaces["subscribe"], tmp_path) as engine:
-            version, base, wire, full = engine.ask(1)
+            version, base, wire, full = engine.ask("1 20")
             assert (version, base) == (1, None) and wire >= full > 2_000_000
             for version in (2, 3):
                 assert trainer.ask(version) == version
-                pulled, base, wire, full = engine.ask(version)
+                pulled, base, wire, full = engine.ask(f"{version} 20")
                 assert (pulled, base) == (version, version - 1)
                 assert wire < full / 5
             for version in (4, 5, 6):  # a chain
                 trainer.ask(version)
-            pulled, base, wire, full = engine.ask(6)
+            pulled, base, wire, full = engine.ask("6 20")
             assert (pulled, base) == (6, 3) and wire < full / 2
-            trainer.process.kill()
-            trainer.process.wait(20)
-            said = engine.ask(7)
-            assert said.startswith("SnapshotError: publisher") and "0.card" in said
+            assert trainer.process.poll() is None
+            os.kill(trainer.pid, signal.SIGSTOP)  # the kernel answers, the process does not
+            for said in (engine.ask("7 0.3"), engine.ask("7 20")):
+                assert said.startswith("SnapshotError: publisher") and "0.card" in said
+                assert "did not answer within 0.3 s" in said
+
+
+def test_a_publisher_that_is_gone_is_named(namespaces: dict[str, str], tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o700)
+    with (
+        host("publish", namespaces["publish"], tmp_path) as trainer,
+        host("subscribe", namespaces["subscribe"], tmp_path) as engine,
+    ):
+        trainer.ask(1)
+        assert engine.ask("1 20")[0] == 1
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.process.wait(20)
+        said = engine.ask("2 20")
+        assert said.startswith("SnapshotError: publisher") and "0.card" in said
+        assert "its process has ended" in said
