@@ -17,7 +17,7 @@ from bench.density.prediction import Floats, predicted_density
 from bench.density.samples import Answers, draw_answers
 from kimisys.broadcast import Publication
 from kimisys.errors import KimisysError
-from kimisys.trainer.config import Dtype, SftConfig, ShapeConfig
+from kimisys.trainer.config import ConfigError, Dtype, SftConfig, ShapeConfig
 from kimisys.trainer.megatron_rank import Improvement, MegatronRank, Place
 from kimisys.trainer.model_folder import ModelFolder, make_model, planned_model
 from kimisys.trainer.task import Task
@@ -58,6 +58,16 @@ class StudyConfig:
     )
     threads: int = 2
     seed: int = 1
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot be measured."""
+        if not 1 <= self.settled <= self.iterations:
+            raise ConfigError(f"--settled {self.settled} is not within --iterations")
+        if any(self.problems % steps for steps in self.steps_per_sync):
+            raise ConfigError(
+                f"--problems {self.problems} does not divide into --steps-per-sync "
+                f"{self.steps_per_sync} of whole groups"
+            )
 
 
 @dataclass(frozen=True)
