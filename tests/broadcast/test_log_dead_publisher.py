@@ -136,4 +136,3 @@ def test_a_publisher_that_crashes_half_way() -> None:
         _, status = os.waitpid(in_child(work), 0)
     assert os.WTERMSIG(status) == signal.SIGBUS
     check_what_is_left(snapshot)
-
