@@ -53,9 +53,7 @@ class StudyConfig:
     shape: ShapeConfig = field(
         default_factory=lambda: ShapeConfig(256, 4, heads=8, kv_heads=4, ffn_size=1024)
     )
-    sft: SftConfig = field(
-        default_factory=lambda: SftConfig(steps=120, batch_size=32, learning_rate=1e-3)
-    )
+    sft: SftConfig = field(default_factory=lambda: SftConfig(steps=300, learning_rate=1e-3))
     threads: int = 2
     seed: int = 1
 
