@@ -36,6 +36,7 @@ def run(
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Measure, print, and write the record after each regime."""
+    config.check()
     console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory() as folder,

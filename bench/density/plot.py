@@ -35,25 +35,29 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Density and bytes of a sync against the learning rate, both as shares of the whole."""
+    """Density of a sync against the learning rate; beside it its bytes, where the record has them.
+    Both as shares of the whole."""
+    sized = all("record_nbytes" in cell for cell in record["cells"])
     with rc_context(_STYLE):
-        figure = Figure(figsize=(9.5, 4.0), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure = Figure(figsize=(9.5 if sized else 6.0, 4.0), layout="constrained")
+        left, *others = figure.subplots(1, 2 if sized else 1, squeeze=False)[0]
         for (reset, steps), cells in sorted(_lines(record["cells"]).items(), reverse=True):
             colour = _COLOURS.get((reset, steps))
             label = f"{steps} step{'s' * (steps > 1)}, optimizer {'reset' if reset else 'kept'}"
             rates = [cell["regime"]["learning_rate"] for cell in cells]
             left.plot(rates, _values(cells, "median"), "o", color=colour, label=label, ms=5)
             left.plot(rates, _values(cells, "predicted_from_moves"), "--", color=colour, lw=1)
-            received = [cell["record_nbytes"] / cell["full_nbytes"] for cell in cells]
-            right.plot(rates, received, "o-", color=colour, label=label, ms=4, lw=1.2)
+            for right in others:
+                sent = [cell["record_nbytes"] / cell["full_nbytes"] for cell in cells]
+                right.plot(rates, sent, "o-", color=colour, ms=4, lw=1.2)
         left.axhline(GOAL, color="#9aa4b0", lw=1)
         left.set_ylabel("weights whose bfloat16 bits change in a sync")
         left.set_title("Density (dashed: predicted from the moves)", fontsize=10)
-        right.axhline(1.0, color="#9aa4b0", lw=1)
-        right.set_ylabel("bytes of the delta / bytes of the weights")
-        right.set_title("Bytes (1: every weight in full)", fontsize=10)
-        for axes in (left, right):
+        for right in others:
+            right.axhline(1.0, color="#9aa4b0", lw=1)
+            right.set_ylabel("bytes of the delta / bytes of the weights")
+            right.set_title("Bytes", fontsize=10)
+        for axes in (left, *others):
             _finish(axes)
         left.legend(loc="lower right")
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

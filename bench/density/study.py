@@ -17,7 +17,7 @@ from bench.density.prediction import Floats, predicted_density
 from bench.density.samples import Answers, draw_answers
 from kimisys.broadcast import Publication
 from kimisys.errors import KimisysError
-from kimisys.trainer.config import Dtype, SftConfig, ShapeConfig
+from kimisys.trainer.config import ConfigError, Dtype, SftConfig, ShapeConfig
 from kimisys.trainer.megatron_rank import Improvement, MegatronRank, Place
 from kimisys.trainer.model_folder import ModelFolder, make_model, planned_model
 from kimisys.trainer.task import Task
@@ -53,11 +53,19 @@ class StudyConfig:
     shape: ShapeConfig = field(
         default_factory=lambda: ShapeConfig(256, 4, heads=8, kv_heads=4, ffn_size=1024)
     )
-    sft: SftConfig = field(
-        default_factory=lambda: SftConfig(steps=120, batch_size=32, learning_rate=1e-3)
-    )
+    sft: SftConfig = field(default_factory=lambda: SftConfig(steps=300, learning_rate=1e-3))
     threads: int = 2
     seed: int = 1
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot be measured."""
+        if not 1 <= self.settled <= self.iterations:
+            raise ConfigError(f"--settled {self.settled} is not within --iterations")
+        if any(self.problems % steps for steps in self.steps_per_sync):
+            raise ConfigError(
+                f"--problems {self.problems} does not divide into --steps-per-sync "
+                f"{self.steps_per_sync} of whole groups"
+            )
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,10 @@ def test_a_small_study_agrees_with_the_prediction_and_is_drawn(tmp_path: Path) -
     """That the publisher counts what the study counts, the study itself sees to."""
     small = {
         **{"--learning-rates": "1e-5", "--iterations": "3", "--settled": "2"},
-        **{"--problems": "2", "--samples": "2", "--sft.steps": "2", "--threads": "1"},
+        **{"--problems": "4", "--samples": "2", "--sft.steps": "2", "--threads": "1"},
         **{"--shape.hidden-size": "64", "--shape.layers": "2", "--shape.heads": "2"},
-        **{"--shape.ffn-size": "128", "--json": str(tmp_path / "record.json")},
+        **{"--shape.kv-heads": "2", "--shape.ffn-size": "128"},
+        **{"--json": str(tmp_path / "record.json")},
     }
     arguments = [part for option in small.items() for part in option]
     run = subprocess.run(
