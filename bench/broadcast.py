@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -89,18 +89,29 @@ def publish_and_pull(total: int) -> Iterator[Case]:
             publisher.close()
 
 
-def whole_sync() -> Iterator[Case]:
+def sync(engine_ranks: int) -> Iterator[Case]:
     """A model of Qwen3-0.6B's shape, from two Megatron ranks into a vLLM engine."""
-    with tempfile.TemporaryDirectory() as folder:
-        with Console(stderr=True).status(f"starting {RANKS} Megatron ranks and a vLLM engine"):
-            world = World(QWEN3_0_6B, Path(folder))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as disk,
+    ):
+        with Console(stderr=True).status(
+            f"starting {RANKS} Megatron ranks and a vLLM engine of {engine_ranks}"
+        ):
+            world = World(QWEN3_0_6B, Path(folder), Path(disk), engine_ranks)
         with closing(world):
             yield from sync_cases(world, "Qwen3-0.6B")
 
 
-def cases() -> Iterator[Case]:
-    """What `python -m bench broadcast` runs."""
+def _digests() -> Iterator[Case]:
     yield digesting("bfloat16", 256 * MIB)
     yield digesting("float32", 256 * MIB)
-    yield from publish_and_pull(256 * MIB)
-    yield from whole_sync()
+
+
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
+    "digest": _digests,
+    "pull": lambda: publish_and_pull(256 * MIB),
+    "sync-tp1": lambda: sync(1),
+    "sync-tp2": lambda: sync(2),
+}
+"""What `python -m bench broadcast` runs."""
