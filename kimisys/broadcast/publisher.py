@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import time
 from collections.abc import Mapping
@@ -26,15 +27,28 @@ class Publication:
 
     Attributes:
         version: that can be pulled now.
-        nbytes: bytes of tensor elements written to the snapshot.
+        base: the version that its delta changes; None when it was published whole.
+        elements: that this rank publishes.
+        changed: of these, how many have other bits than in ``base``; all when ``base`` is None.
+        nbytes: of the elements, in the wire dtype.
+        delta_nbytes: of the record in the log; 0 when ``base`` is None.
+        reference_nbytes: of the blocks that the record leaves to be read from the snapshot.
         seconds: of wall time.
-        digest_seconds: of these, the time that the digests took.
     """
 
     version: int
+    base: int | None
+    elements: int
+    changed: int
     nbytes: int
+    delta_nbytes: int
+    reference_nbytes: int
     seconds: float
-    digest_seconds: float
+
+    @property
+    def density(self) -> float:
+        """Changed elements over all; 0 for a rank without elements."""
+        return self.changed / self.elements if self.elements else 0.0
 
 
 class Publisher:
@@ -49,6 +63,7 @@ class Publisher:
             exist and be writable by its owner alone; the file gets mode 0600 and is removed by
             ``close``.
         timeout_seconds: the longest that one subscriber may keep the server busy.
+        log_nbytes: of the log of recent versions; None takes half of the snapshot.
 
     Raises:
         LayoutError: the rank has no snapshot buffer. PlanError: the snapshot cannot be filled from
@@ -62,6 +77,7 @@ class Publisher:
         rank: int,
         address: Path | str,
         timeout_seconds: float = 10.0,
+        log_nbytes: int | None = None,
     ) -> None:
         self.rank = rank
         self.layout = snapshot.of_rank(rank)
@@ -94,7 +110,9 @@ class Publisher:
         """The snapshot's data, uint8[nbytes], writable. Only tests of corruption write here."""
         return memoryview(self._snapshot)
 
-    def publish(self, version: int, buffers: Buffers, threads: int = 0) -> Publication:
+    def publish(
+        self, version: int, buffers: Buffers, threads: int = 0, full: bool = False
+    ) -> Publication:
         """Copies the live weights into the snapshot, with cast, and makes them ``version``.
 
         The caller keeps the live weights still meanwhile. Until it returns nobody can pull; a
@@ -106,6 +124,7 @@ class Publisher:
             version: above the last one, at least 0.
             buffers: the live buffers of this rank, by (rank, name).
             threads: 0 means all that the process may use.
+            full: publish it whole, without a delta.
 
         Raises:
             VersionError: ``version`` does not increase. BufferMismatchError: a live buffer is
@@ -122,11 +141,11 @@ class Publisher:
         except (BufferMismatchError, LayoutError, TypeError):
             self._snapshot.abort()  # the plan raises these before it writes any byte
             raise
-        copied = time.perf_counter()
         self._snapshot.commit(digest(self._counted, here, threads))
         self._version = version
-        ended = time.perf_counter()
-        return Publication(version, self.plan.nbytes, ended - started, ended - copied)
+        count = sum(math.prod(f.region.extent) for f in self.layout.fragments)
+        seconds = time.perf_counter() - started
+        return Publication(version, None, count, count, self.plan.nbytes, 0, 0, seconds)
 
     def close(self) -> None:
         """Stops serving and removes the socket. Idempotent. Peers that have mapped the memory keep

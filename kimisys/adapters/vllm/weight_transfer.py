@@ -228,8 +228,8 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.status = Status(
             version=pulled.version,
             seconds={
-                "pull": pulled.seconds - pulled.digest_seconds,
-                "digest": pulled.digest_seconds,
+                "pull": pulled.total_seconds - pulled.seconds["verify"],
+                "digest": pulled.seconds["verify"],
                 "pack": packed,
             },
             nbytes=pulled.nbytes,
