@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from bench.ceiling import ceilings
+from bench.delta import diff, wire
 from bench.harness import Case
 from bench.reshard import MIB, matrix
 from bench.sync.cases import QWEN3_0_6B
@@ -111,6 +112,8 @@ def _digests() -> Iterator[Case]:
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "digest": _digests,
     "pull": lambda: publish_and_pull(256 * MIB),
+    "diff": lambda: diff.cases(512 * MIB),
+    "wire": lambda: wire.cases(128 * MIB),
     "sync-tp1": lambda: sync(1),
     "sync-tp2": lambda: sync(2),
 }

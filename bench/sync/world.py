@@ -115,6 +115,7 @@ class World:
         self._engine.call("connect", addresses=self._addresses)
         self._table = _together(self._ranks, "gather")[0]["table"]
         self._engine.call("know", table=self._table)
+        self.full()  # from now on the engine serves
 
     def _child(
         self, module: str, arguments: dict[str, Any], variables: dict[str, str], memory: int
