@@ -1,4 +1,4 @@
-"""Publishing and pulling against one memcpy; a whole sync into vLLM against the usual way."""
+"""Deltas and pulls against memcpy and others' formats; a whole sync against the usual ways."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def digesting(dtype: str, total: int) -> Case:
 
 
 def publish_and_pull(total: int) -> Iterator[Case]:
-    """Two row shards published, pulled into column shards and verified on both sides."""
+    """Two row shards published whole, pulled into column shards and verified on both sides."""
     columns = 1024
     rows = total // (2 * columns)
     live = matrix(rows, columns, "bfloat16", 0, 2, axis=0)
@@ -76,11 +76,11 @@ def publish_and_pull(total: int) -> Iterator[Case]:
             def ours() -> None:
                 version = next(versions)
                 for publisher in publishers:
-                    publisher.publish(version, buffers)
-                subscriber.pull(version, {(0, "w"): landed})
+                    publisher.publish(version, buffers, full=True)
+                subscriber.pull(version, {(0, "w"): landed}, full=True)
 
             yield Case(
-                f"publish + pull, verified, {total // MIB} MiB",
+                f"publish + pull in full, verified, {total // MIB} MiB",
                 ours,
                 ceilings(total),
                 lambda: bool((landed == data).all()),
