@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from bench.ceiling import ceilings
-from bench.delta import diff, wire
+from bench.delta import diff, loopback, scatter, wire
 from bench.harness import Case
 from bench.reshard import MIB, matrix
 from bench.sync.cases import QWEN3_0_6B
@@ -113,8 +113,10 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "digest": _digests,
     "pull": lambda: publish_and_pull(256 * MIB),
     "diff": lambda: diff.cases(512 * MIB),
+    "scatter": lambda: scatter.cases(512 * MIB, 0.01),
     "wire": lambda: wire.cases(128 * MIB),
     "sync-tp1": lambda: sync(1),
     "sync-tp2": lambda: sync(2),
+    "mooncake": lambda: loopback.cases(256 * MIB, 0.01),
 }
 """What `python -m bench broadcast` runs."""

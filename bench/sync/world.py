@@ -19,6 +19,7 @@ from bench.sync.child import Child
 from kimisys.adapters.megatron.families import family_of, padded_vocab_size
 from kimisys.adapters.vllm.environment import environment
 from kimisys.broadcast import connect, digest
+from kimisys.broadcast.wire import Deadline
 from kimisys.reshard import Buffer, Fragment, Layout, Region
 
 RANKS = 2
@@ -252,8 +253,11 @@ class World:
     def _unequal(self) -> list[str]:
         """Tensors of which the last gathered and the last published bits have unequal digests."""
         with connect(self._addresses) as peers:
-            offers = peers.published(self._version)
-            published = np.add.reduce([offer.digests for offer in offers], dtype=np.uint64)
+            deadline = Deadline(_START_SECONDS)
+            remotes = [remote for remote, _ in peers.remotes(deadline).values()]
+            states = [remote.readable(self._version, deadline) for remote in remotes]
+            digests = [r.digests(s, deadline) for r, s in zip(remotes, states, strict=True)]
+            published = np.add.reduce(digests, dtype=np.uint64)
             names = [tensor.name for tensor in peers.layout.tensors]
             layout = self._gathered_layout(peers.layout)
         found = digest(layout, {(0, "gathered"): self.gathered})

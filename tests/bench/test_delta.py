@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bench.delta import diff, wire
+from bench.delta import diff, loopback, scatter, wire
 from bench.delta.formats import Compressed, Sparse, bound
 from bench.delta.versions import COLUMNS, RUN, Pattern, Versions
 from bench.harness import measure
@@ -73,6 +73,39 @@ def test_the_cases_of_wire_bytes_give_right_answers_within_the_bound(pattern: Pa
         ours, limit, sparse, packed, full = list(record.figures.values())[2:]
         assert 2 < ours <= limit and sparse == 6 and packed < full
         assert full == pytest.approx(2 * 1 / (record.figures["density (%)"] / 100))
+
+
+def test_the_cases_of_writing_changes_give_right_answers() -> None:
+    records = [measure("b", case, repeats=3) for case in scatter.cases(2 * MIB, 0.01)]
+    assert [(record.correct, len(record.peers)) for record in records] == [(True, 2)] * 2
+
+
+def test_a_delta_that_is_not_written_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = scatter.Scatter
+    monkeypatch.setattr(scatter, "Scatter", lambda *arguments: Lazy(right(*arguments)))
+    records = [measure("b", case, repeats=1) for case in scatter.cases(2 * MIB, 0.01)]
+    assert [record.correct for record in records] == [False, False]
+
+
+class Lazy:
+    """A Scatter that writes nothing."""
+
+    def __init__(self, right: Any) -> None:
+        self._right = right
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._right, name)
+
+    def apply(self, *arguments: Any) -> int:
+        return 0
+
+
+def test_the_cases_of_mooncake_give_right_answers() -> None:
+    full, part = (measure("b", case, repeats=2) for case in loopback.cases(2 * MIB, 0.01))
+    assert full.correct and part.correct
+    assert full.figures is not None and part.figures is not None
+    (everything,), (little,) = full.figures.values(), part.figures.values()
+    assert everything >= 2 * MIB / 1e6 and 0 < little < everything / 10
 
 
 def test_changes_that_are_missed_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
