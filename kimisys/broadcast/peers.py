@@ -1,89 +1,83 @@
-"""The publishers as a subscriber sees them: their shared memory and their merged layout."""
+"""The publishers as a subscriber sees them: their memories and their merged layout."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kimisys._core.broadcast import Published, Snapshot
+from kimisys._core.broadcast import Parts, Snapshot
 from kimisys.broadcast.layout import SNAPSHOT_BUFFER
+from kimisys.broadcast.remote import Remote
+from kimisys.broadcast.transport import Memory, Meter, SharedMemory
 from kimisys.broadcast.wire import Deadline, Manifest, fetch, fingerprint
-from kimisys.errors import LayoutError, SnapshotError, VersionError
+from kimisys.errors import LayoutError, SnapshotError
 from kimisys.reshard import Layout
 
 
+@dataclass(frozen=True)
+class Found:
+    """A publisher as a transport found it."""
+
+    address: Path
+    manifest: Manifest
+    memory: Memory
+
+    @property
+    def who(self) -> str:
+        """Names it in errors."""
+        return f"publisher {self.address} (trainer rank {self.manifest.rank})"
+
+    def remote(self, memory: Memory, deadline: Deadline) -> Remote:
+        """The reader's side of a memory, this one's or one around it."""
+        return Remote(memory, self.who, deadline)
+
+
 class Peers:
-    """The mapped snapshots of all publishers; made by ``connect``.
+    """The memories of all publishers; made by ``connect``, or by the ``connect`` of another
+    transport.
 
     Attributes:
         addresses: of the publishers, in the order given.
         layout: the merged layout of their snapshots: the source of plans, and its tensor table is
             what the destination's layout is built for.
+
+    Raises:
+        SnapshotError: a memory is not what its manifest says; the publisher is named.
+        LayoutError: the publishers are not the ranks of one snapshot layout.
     """
 
-    def __init__(
-        self,
-        addresses: Sequence[Path],
-        ranks: Sequence[int],
-        layout: Layout,
-        snapshots: Sequence[Snapshot],
-    ) -> None:
-        self.addresses = tuple(addresses)
-        self.ranks = tuple(ranks)
-        self.layout = layout
-        self._snapshots = tuple(snapshots)
-        self._closed = False
+    def __init__(self, found: Sequence[Found], deadline: Deadline) -> None:
+        if not found:
+            raise LayoutError("no publisher to connect to; pass the address of every trainer rank")
+        self.addresses = tuple(each.address for each in found)
+        self.ranks = tuple(each.manifest.rank for each in found)
+        self._found = tuple(found)
+        for each in found:
+            _check_memory(each, each.remote(each.memory, deadline).parts)
+        manifests = [each.manifest for each in found]
+        _check_complete(self.addresses, manifests)
+        self.layout = Layout.merge([manifest.layout for manifest in manifests])
+        if any(fingerprint(self.layout) != manifest.fingerprint for manifest in manifests):
+            raise LayoutError(
+                "the publishers do not agree on one snapshot layout; give every Publisher the same "
+                "merged layout of all ranks"
+            )
 
-    @property
-    def snapshots(self) -> dict[tuple[int, str], Snapshot]:
-        """By (trainer rank, "snapshot"): the source buffers of a plan."""
-        if self._closed:
-            raise SnapshotError("these peers were closed; connect again")
-        pairs = zip(self.ranks, self._snapshots, strict=True)
-        return {(rank, SNAPSHOT_BUFFER): snapshot for rank, snapshot in pairs}
-
-    def published(self, version: int) -> list[Published]:
-        """What each publisher offers now, ready for ``confirm``.
-
-        Raises:
-            VersionError: a publisher is at another version, or has none.
-            SnapshotError: a publisher is writing, or failed or died while writing.
-            Both name the publisher.
-        """
-        found: list[Published] = []
-        for index, snapshot in enumerate(self.snapshots.values()):
-            with self._named(index):
-                offer = snapshot.published()
-                if offer.version != version:
-                    raise VersionError(
-                        f"it has version {offer.version}, asked was {version}; publish {version} "
-                        "on every rank before the pull, or pull what is published"
-                    )
-            found.append(offer)
-        return found
-
-    def confirm(self, published: Sequence[Published]) -> None:
-        """Raises SnapshotError if a publisher began to write after ``published``."""
-        pairs = zip(self.snapshots.values(), published, strict=True)
-        for index, (snapshot, offer) in enumerate(pairs):
-            with self._named(index):
-                snapshot.confirm(offer)
-
-    @contextmanager
-    def _named(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except (SnapshotError, VersionError) as error:
-            who = f"publisher {self.addresses[index]} (trainer rank {self.ranks[index]})"
-            raise type(error)(f"{who}: {error}") from error
+    def remotes(self, deadline: Deadline) -> dict[int, tuple[Remote, Meter]]:
+        """A reader's own view of each publisher, by trainer rank, and what counts its reads."""
+        made: dict[int, tuple[Remote, Meter]] = {}
+        for each in self._found:
+            meter = Meter(each.memory)
+            made[each.manifest.rank] = each.remote(meter, deadline), meter
+        return made
 
     def close(self) -> None:
-        """Lets go of the shared memory. Idempotent."""
-        self._closed = True
-        self._snapshots = ()
+        """Lets go of the memories. Idempotent."""
+        for each in self._found:
+            each.memory.close()
 
     def __enter__(self) -> Peers:
         return self
@@ -109,47 +103,42 @@ def connect(addresses: Sequence[Path | str], timeout_seconds: float = 30.0) -> P
             or what it sent is malformed; it is named.
         LayoutError: the publishers are not the ranks of one snapshot layout.
     """
-    paths = [Path(address) for address in addresses]
-    if not paths:
-        raise LayoutError("no publisher to connect to; pass the address of every trainer rank")
     deadline = Deadline(timeout_seconds)
-    manifests: list[Manifest] = []
-    snapshots: list[Snapshot] = []
-    for path in paths:
-        manifest, descriptor = fetch(path, deadline)
-        try:
-            snapshots.append(_mapped(path, manifest, descriptor))
-        finally:
-            os.close(descriptor)
-        manifests.append(manifest)
-    _check_complete(paths, manifests)
-    layout = Layout.merge([manifest.layout for manifest in manifests])
-    if any(fingerprint(layout) != manifest.fingerprint for manifest in manifests):
-        raise LayoutError(
-            "the publishers do not agree on one snapshot layout; give every Publisher the same "
-            "merged layout of all ranks"
-        )
-    return Peers(paths, [manifest.rank for manifest in manifests], layout, snapshots)
-
-
-def _mapped(path: Path, manifest: Manifest, descriptor: int) -> Snapshot:
-    """The snapshot behind a publisher's descriptor, if it is what the manifest says."""
+    found: list[Found] = []
     try:
-        snapshot = Snapshot.open(descriptor)
+        for path in map(Path, addresses):
+            manifest, descriptor = fetch(path, deadline)
+            try:
+                found.append(Found(path, manifest, SharedMemory(_open(path, descriptor))))
+            finally:
+                os.close(descriptor)
+        return Peers(found, deadline)
+    except BaseException:
+        for each in found:
+            each.memory.close()
+        raise
+
+
+def _open(path: Path, descriptor: int) -> Snapshot:
+    try:
+        return Snapshot.open(descriptor)
     except SnapshotError as error:
         raise SnapshotError(f"publisher {path}: {error}") from error
+
+
+def _check_memory(found: Found, parts: Parts) -> None:
+    manifest = found.manifest
     buffers = [(buffer.rank, buffer.name, buffer.nbytes) for buffer in manifest.layout.buffers]
-    if buffers != [(manifest.rank, SNAPSHOT_BUFFER, snapshot.nbytes)]:
+    if buffers != [(manifest.rank, SNAPSHOT_BUFFER, parts.data_nbytes)]:
         raise SnapshotError(
-            f"publisher {path} describes the buffers {buffers}, but its memory is "
-            f"{(manifest.rank, SNAPSHOT_BUFFER, snapshot.nbytes)}"
+            f"{found.who} describes the buffers {buffers}, but its memory is "
+            f"{(manifest.rank, SNAPSHOT_BUFFER, parts.data_nbytes)}"
         )
-    if snapshot.digest_count != len(manifest.layout.tensors):
+    if parts.digest_count != len(manifest.layout.tensors):
         raise SnapshotError(
-            f"publisher {path} has {snapshot.digest_count} digests for "
+            f"{found.who} has {parts.digest_count} digests for "
             f"{len(manifest.layout.tensors)} tensors"
         )
-    return snapshot
 
 
 def _check_complete(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
