@@ -27,6 +27,7 @@ import numpy as np
 import kimisys.errors
 from kimisys.adapters.vllm import environment
 from kimisys.adapters.vllm.loop import EngineError, EngineLoop, EngineTimeoutError, Sample
+from kimisys.adapters.vllm.status import report
 from kimisys.errors import CheckpointError, VersionError
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ class EngineConfig:
     """Tokens in one step: bounds the prompts that begin together."""
     kv_cache_bytes: int = 512 << 20
     """Memory of the key-value cache of a rank, allocated at start."""
+    prefix_caching: bool = False
+    """Keys and values of whole blocks of a prompt are found again by later prompts. Of no use for
+    prompts that are about as short as a block."""
     threads: int = 2
     """OpenMP threads of an engine in this process."""
     seed: int = 0
@@ -73,8 +77,8 @@ class Engine:
 
     It serves exactly one committed version. Calls that sample name the version they want and are
     refused with VersionError when it is another; an update waits for what is being sampled, and
-    samples asked for after it wait for it. Prefix caching is off: prompts here are about as short
-    as a cache block, and nothing computed under one version can be found under the next.
+    samples asked for after it wait for it. An update empties the prefix cache, if there is one,
+    unless it is told to keep it: nothing computed under one version is found under the next.
 
     Every call but ``close`` raises EngineTimeoutError when the engine does not answer within the
     configuration's timeout_seconds. What has not begun by then never will; a call that a rank of
@@ -123,16 +127,26 @@ class Engine:
             "connect", lambda llm: self._rpc(llm, "init_weight_transfer_engine", init_info=info)
         )
 
-    async def update(self, version: int) -> dict[str, Any]:
+    async def update(
+        self, version: int, full: bool = False, keep_prefix_cache: bool = False
+    ) -> dict[str, Any]:
         """Pulls a published version, verifies it, and serves it from now on.
 
-        Returns version, seconds (wall, all of it), pull_seconds, digest_seconds, pack_seconds,
-        nbytes (tensor elements landed, all ranks) and digests (tensors compared).
+        full: pull everything, also where the changes would do. keep_prefix_cache: prompts may go on
+        from keys and values of former versions, so what is sampled is not that of one version.
+
+        Returns version, base (to which the changes were added; None if everything was pulled),
+        seconds (wall, all of it), pull_seconds, digest_seconds, pack_seconds and those of the
+        pull's phases (the slowest rank's); over all ranks nbytes (of tensor elements landed),
+        wire_nbytes (read from publishers), full_nbytes (what full pulls read), changed (elements
+        landed); digests (tensors compared).
         Raises VersionError, DigestError, SnapshotError: the version served before is still served.
         Raises EngineError for whatever fails once packing began: nothing is served until the engine
         is restarted. After an EngineTimeoutError ``version`` tells which of these has come about.
         """
-        return await self._exclusive("update", lambda llm: self._update(llm, version))
+        return await self._exclusive(
+            "update", lambda llm: self._update(llm, version, full, keep_prefix_cache)
+        )
 
     async def generate(
         self,
@@ -209,7 +223,9 @@ class Engine:
     def _whole(self) -> str:
         return f"the engine of {self.config.model} (ranks 0 to {self.config.tensor_parallel - 1})"
 
-    def _update(self, llm: LLMEngine, version: int) -> dict[str, Any]:
+    def _update(
+        self, llm: LLMEngine, version: int, full: bool, keep_prefix_cache: bool
+    ) -> dict[str, Any]:
         """In the engine's thread, when nothing is being sampled."""
         self._check_serving()
         if self._version is not None and version <= self._version:
@@ -218,7 +234,8 @@ class Engine:
             )
         started = time.perf_counter()
         # Half of the time, so that ranks that wait for each other can still say so.
-        info = {"version": version, "timeout_seconds": self.config.timeout_seconds / 2}
+        half = self.config.timeout_seconds / 2
+        info = {"version": version, "full": full, "timeout_seconds": half}
         self._rpc(llm, "start_weight_update")
         self._rpc(llm, "update_weights", update_info=info)
         try:
@@ -226,13 +243,15 @@ class Engine:
             ranks = self._ask(llm, "kimisys_status")
             if any(rank["version"] != version for rank in ranks):
                 raise VersionError(f"ranks serve {[rank['version'] for rank in ranks]}")
+            if not keep_prefix_cache and not llm.reset_prefix_cache():
+                raise EngineError("vLLM did not reset its prefix cache")
             llm.set_weight_version(str(version))
-            report = _report(version, ranks)
+            found = report(version, ranks)
         except BaseException as error:
             # Some ranks compute with the new weights, perhaps all: neither version may be claimed.
             raise self._break(f"packing version {version} failed: {error}") from error
         self._version = version
-        return report | {"seconds": time.perf_counter() - started}
+        return found | {"seconds": time.perf_counter() - started}
 
     def _break(self, reason: str, kind: type[EngineError] = EngineError) -> EngineError:
         """Ends serving, for good; returns the error to raise."""
@@ -324,7 +343,7 @@ def _build(config: EngineConfig) -> LLMEngine:
         max_num_batched_tokens=max(config.max_batched_tokens, config.max_length),
         kv_cache_memory_bytes=config.kv_cache_bytes,
         block_size=_BLOCK_TOKENS,
-        enable_prefix_caching=False,
+        enable_prefix_caching=config.prefix_caching,
         logprobs_mode="processed_logprobs",
         max_logprobs=-1,
         seed=config.seed,
@@ -369,17 +388,3 @@ def _sampling(**options: Any) -> SamplingParams:
     return SamplingParams(
         ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **options
     )
-
-
-def _report(version: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of an update, from each rank's Status."""
-    phases = {
-        f"{phase}_seconds": max(rank["seconds"][phase] for rank in ranks)
-        for phase in ("pull", "digest", "pack")
-    }
-    return {
-        "version": version,
-        **phases,
-        "nbytes": sum(rank["nbytes"] for rank in ranks),
-        "digests": max(rank["digests"] for rank in ranks),
-    }

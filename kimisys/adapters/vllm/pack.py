@@ -4,13 +4,14 @@ vLLM derives state from its parameters once, after loading. On the CPU build lin
 output head keep packed copies for oneDNN, experts are packed in place, and MLA keeps `W_UK_T` and
 `W_UV` computed from `kv_b_proj`. ``Packer`` finds what was derived by comparing the running model
 with one fresh from its constructor. An update puts that back as the constructor left it, restores
-the parameters, and has vLLM's own hooks derive it again, in vLLM's order. What cannot be
-explained so is refused, by name, before anything is changed.
+the parameters, and has vLLM's own hooks derive it again, in vLLM's order. Modules whose parameters
+did not change are left alone. What cannot be explained so is refused, by name, before anything is
+changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,6 +35,13 @@ _REPEATABLE: tuple[type[QuantizeMethodBase], ...] = (
 )
 """Methods that derive the same again from restored parameters; the exact types."""
 
+_LEAVE_PARAMETERS: tuple[type[QuantizeMethodBase], ...] = (
+    UnquantizedLinearMethod,
+    UnquantizedEmbeddingMethod,
+)
+"""Those that only read the matrices and biases that they leave in place; experts are packed in
+place."""
+
 _PACKAGE = "vllm."
 """Attention kernels of vLLM's own derive again what they derived: its layerwise reload, too, calls
 their hook anew (`vllm/model_executor/model_loader/reload`). Others' are not known."""
@@ -54,6 +62,11 @@ class _Parameter:
         return found.detach()
 
 
+Replay = Callable[[Mapping[str, torch.Tensor]], bool]
+"""Writes an update's changes into parameters that hold what was there before it, by name. False if
+it cannot: then nothing was written."""
+
+
 class Packer:
     """Brings a running model's derived state in line with new weights.
 
@@ -72,15 +85,18 @@ class Packer:
         self, running: torch.nn.Module, fresh: torch.nn.Module, config: VllmConfig
     ) -> None:
         self._config = config
-        self._root = running
+        self._root_hook = getattr(running, "process_weights_after_loading", None)
         self.shapes = {n: p.detach().to("meta") for n, p in fresh.named_parameters()}
         self._names = {id(p): n for n, p in fresh.named_parameters()}
         self._in_place: dict[str, _Parameter] = {}
         self._refills: list[_Parameter] = []
+        self._replayable: set[str] = set()
         self._resets: dict[torch.nn.Module, list[Derived]] = {}
+        self._sources: dict[torch.nn.Module, frozenset[str]] = {}
         modules = dict(running.named_modules())
-        self._derivers = _derivers(running)
-        refused = _unknown_derivers(running)
+        self._methods, self._attention = _methods(running), _attention(running)
+        self._derivers = _derivers([*self._methods, *self._attention])
+        refused = _unknown_derivers(running, self._attention)
         parameters = frozenset(p.untyped_storage().data_ptr() for p in running.parameters())
         for prefix, before in fresh.named_modules():
             now = modules.pop(prefix, None)
@@ -89,9 +105,13 @@ class Packer:
                 continue
             refused += self._take_stock(prefix, before, now, parameters)
             refused += self._parameters(prefix, before, now)
+            self._sources[now] = frozenset(self._names[id(p)] for p in before.parameters())
         refused += [f"module {prefix!r}" for prefix in modules]
         refused += _shared(self._in_place)
-        self._same = _same_derivations(running)
+        self._same = _same_derivations(self._methods)
+        self._twins: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+        for module, twin in self._same.items():
+            self._twins.setdefault(twin, []).append(module)
         self.derived = sorted(each.name for resets in self._resets.values() for each in resets)
         if refused:
             raise LayoutError(
@@ -126,6 +146,8 @@ class Packer:
             widened = known and attribute == "bias" and _widened(parameter, current)
             if widened or _same_place(parameter, current):
                 other = self._in_place.setdefault(name, place)
+                if not widened and _left_alone(now, current):
+                    self._replayable.add(name)
                 if other.current.data_ptr() != current.data_ptr():
                     refused.append(f"parameter '{prefix}.{attribute}' (was tied to {name!r})")
             elif known:
@@ -135,46 +157,85 @@ class Packer:
         return refused
 
     @torch.no_grad()
-    def pack(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def pack(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        touched: Collection[str] | None = None,
+        replay: Replay | None = None,
+    ) -> None:
         """Makes the running model compute with `weights`.
 
         weights: by name, each of the shape and dtype in ``shapes``; read, not kept.
+        touched: the names whose weights differ from those of the last call, or None for all; what
+        depends on no other is left as it is.
+        replay: writes what changed into parameters that need no packing; without it they are
+        copied.
         Whatever this raises, the model is then a mixture: it must not be served from again.
         """
-        for name, place in self._in_place.items():
-            place.current.copy_(weights[name])
+        if touched is None or self._root_hook is not None:  # that may derive from anything
+            names, replay = frozenset(self.shapes), None
+        elif touched:
+            names = self._with_siblings(touched)
+        else:
+            return
+        self._write(weights, names, replay)
         for place in self._refills:
-            full = torch.nn.Parameter(weights[place.name], requires_grad=False)
-            setattr(place.module, place.attribute, full)
+            if place.name in names:
+                full = torch.nn.Parameter(weights[place.name], requires_grad=False)
+                setattr(place.module, place.attribute, full)
         with set_current_vllm_config(self._config):
-            for module in _methods(self._root):
-                self._derive(module)
-            for module in _attention(self._root):
-                self._reset(module)
-                module.process_weights_after_loading(self._config.model_config.dtype)
-            self._root_hook()
+            for module in self._methods:
+                if self._stale(module, names):
+                    self._derive(module)
+            for module in self._attention:
+                if self._stale(module, names):
+                    self._reset(module)
+                    module.process_weights_after_loading(self._config.model_config.dtype)
+            if self._root_hook is not None:
+                self._root_hook()
         self._check_derived(weights)
+
+    def _with_siblings(self, touched: Collection[str]) -> frozenset[str]:
+        """With every name whose weights a module that is derived again may want, as packing took
+        them from it."""
+        names, before = frozenset(touched), frozenset[str]()
+        while names != before:
+            before = names
+            sources = [self._sources[module] for module in (*self._methods, *self._attention)]
+            names = before.union(*(each for each in sources if each & before))
+        return names
+
+    def _stale(self, module: torch.nn.Module, names: Collection[str]) -> bool:
+        """Whether what a module derived may depend on these; one without parameters may on all."""
+        sources = self._sources[module]
+        return not sources or not sources.isdisjoint(names)
+
+    def _write(
+        self, weights: Mapping[str, torch.Tensor], names: Collection[str], replay: Replay | None
+    ) -> None:
+        """Fills the parameters that are not packed."""
+        left = {n: place.current for n, place in self._in_place.items() if n in names}
+        replayed = {n: left[n] for n in left.keys() & self._replayable}
+        if replay is not None and replayed and replay(replayed):
+            left = {n: left[n] for n in left.keys() - replayed.keys()}
+        for name, current in left.items():
+            current.copy_(weights[name])
 
     def _derive(self, module: torch.nn.Module) -> None:
         twin = self._same.get(module)
-        resets = self._reset(module)
         if twin is None:
+            # All of the old copies go before the new one comes, into their memory.
+            for each in (module, *self._twins.get(module, ())):
+                self._reset(each)
             cast(Any, module).quant_method.process_weights_after_loading(module)
             return
-        for each in resets:
+        for each in self._resets.get(module, []):
             setattr(module, each.attribute, getattr(twin, each.attribute))
 
-    def _reset(self, module: torch.nn.Module) -> Sequence[Derived]:
-        resets = self._resets.get(module, [])
-        for each in resets:
+    def _reset(self, module: torch.nn.Module) -> None:
+        for each in self._resets.get(module, []):
             if each.present:
                 each.reset()
-        return resets
-
-    def _root_hook(self) -> None:
-        hook = getattr(self._root, "process_weights_after_loading", None)
-        if hook is not None:
-            hook()
 
     def _check_derived(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Raises LayoutError unless the model has the state again that it had before."""
@@ -210,13 +271,13 @@ def _attention(model: torch.nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_deferred_attention_layer(module)]
 
 
-def _derivers(model: torch.nn.Module) -> dict[torch.nn.Module, torch.nn.Module]:
+def _derivers(modules: list[Any]) -> dict[torch.nn.Module, torch.nn.Module]:
     """Modules that may hold what was derived, and those whose hook derives it: mostly themselves.
 
     A method that is a module holds its state for the layer that it belongs to.
     """
     found: dict[torch.nn.Module, torch.nn.Module] = {}
-    for module in [*_methods(model), *_attention(model)]:
+    for module in modules:
         found[module] = module
         method: Any = getattr(module, "quant_method", None)
         if isinstance(method, torch.nn.Module):
@@ -224,9 +285,8 @@ def _derivers(model: torch.nn.Module) -> dict[torch.nn.Module, torch.nn.Module]:
     return found
 
 
-def _unknown_derivers(model: torch.nn.Module) -> list[str]:
+def _unknown_derivers(model: torch.nn.Module, attention: list[Any]) -> list[str]:
     """Modules, by name, whose hooks are not known to derive the same again."""
-    attention = set(_attention(model))
     refused = []
     for prefix, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -257,6 +317,15 @@ def _widened(before: torch.Tensor, now: torch.Tensor) -> bool:
     return narrow and _same_place(before.float(), now)
 
 
+def _left_alone(module: torch.nn.Module, parameter: torch.Tensor) -> bool:
+    """Whether a parameter in place has the bits that were loaded, as its module does not process
+    it. Weights of more dimensions than a matrix's (convolutions) may be packed in place."""
+    method = getattr(module, "quant_method", None)
+    if not isinstance(method, QuantizeMethodBase):
+        return True
+    return type(method) in _LEAVE_PARAMETERS and parameter.dim() <= 2
+
+
 def _shared(places: Mapping[str, _Parameter]) -> list[str]:
     """Parameters that came to share memory with another: of two writes, one would be lost."""
     owners: dict[int, str] = {}
@@ -267,13 +336,13 @@ def _shared(places: Mapping[str, _Parameter]) -> list[str]:
     ]
 
 
-def _same_derivations(model: torch.nn.Module) -> dict[torch.nn.Module, torch.nn.Module]:
+def _same_derivations(methods: list[torch.nn.Module]) -> dict[torch.nn.Module, torch.nn.Module]:
     """Modules that would derive what an earlier one derives, by the same method from the very same
     parameters, and the earlier one. vLLM packs a tied embedding, which never multiplies, beside the
     output head: a quarter of the time that packing a Qwen3-0.6B took, a fifth of the memory."""
     first: dict[tuple[Any, ...], torch.nn.Module] = {}
     same = {}
-    for module in _methods(model):
+    for module in methods:
         own = dict(module.named_parameters(recurse=False))
         if not own or any(not parameter.numel() for parameter in own.values()):
             continue  # which weights it was packed from cannot be seen any more

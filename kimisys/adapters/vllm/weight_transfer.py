@@ -1,7 +1,8 @@
 """The weight-transfer backend ``kimisys``: how a vLLM worker takes over a published version.
 
-Weights are pulled into a shadow of the worker's shard and verified there. Only then are they packed
-into the model. Whatever refuses an update before that leaves the worker serving what it had.
+Weights are pulled into a shadow of the worker's shard and verified there: what changed since the
+shadow's version, or all. Only then are the touched layers packed into the model. Whatever refuses
+an update before that leaves the worker serving what it had.
 
 A worker that was broken while it packed, or still has the random weights it started with
 (``load_format="dummy"``), refuses to compute: a forward pass raises EngineError, which ends a stock
@@ -10,7 +11,9 @@ vLLM engine. Engines of kimisys refuse sooner, and live.
 Limits: engines on the CPU, of tensor and expert parallelism alone. The refusal is a hook of the
 model's forward; a CUDA graph of the whole model would be replayed past it. Weights that vLLM itself
 loaded from a checkpoint are served until the first update, as version None. With a stock vLLM each
-rank commits for itself: one that breaks refuses, the others do not know.
+rank commits for itself: one that breaks refuses, the others do not know. A worker cannot reach the
+scheduler: who updates a stock engine resets its prefix cache, and gives `finish_weight_update` the
+version that completions report (docs/broadcast.md shows both).
 """
 
 from __future__ import annotations
@@ -18,9 +21,8 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +42,8 @@ from kimisys.adapters.vllm.layout import build_model, trace_model, trace_vllm_la
 from kimisys.adapters.vllm.loop import EngineError
 from kimisys.adapters.vllm.pack import Packer
 from kimisys.adapters.vllm.parallel import EngineParallel
+from kimisys.adapters.vllm.ranks import check_together, sum_over_ranks
+from kimisys.adapters.vllm.status import Status
 from kimisys.broadcast import Peers, Pulled, Subscriber, connect
 from kimisys.errors import LayoutError, SnapshotError, VersionError
 from kimisys.reshard import Layout
@@ -70,29 +74,14 @@ class InitInfo(WeightTransferInitInfo):
 class UpdateInfo(WeightTransferUpdateInfo):
     """Which version to take over.
 
-    version: published, and newer than the one served. timeout_seconds: for each of the two waits
-    for the other ranks of this engine.
+    version: published, and newer than the one served. full: pull all of it, whatever is here.
+    timeout_seconds: for each wait for the other ranks of this engine, and for all waits for
+    publishers together.
     """
 
     version: int
+    full: bool = False
     timeout_seconds: float = 120.0
-
-
-@dataclass
-class Status:
-    """What a worker serves, and how its last update went; plain values, as it crosses processes.
-
-    version: committed, None before the first update. broken: why the worker refuses to compute, or
-    "".
-    seconds, nbytes, digests: of the last update: wall time by phase, bytes of tensor elements
-    landed, tensors compared by digest.
-    """
-
-    version: int | None = None
-    broken: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    nbytes: int = 0
-    digests: int = 0
 
 
 class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -128,6 +117,7 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._peers: Peers | None = None
         self._subscriber: Subscriber | None = None
         self._pulled: Pulled | None = None
+        self._behind = Behind()
         self.status = Status()
         self._random = vllm_config.load_config.load_format == "dummy"
         model.register_forward_pre_hook(self._check_serving)
@@ -175,28 +165,35 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         Raises VersionError, DigestError, SnapshotError. The model is untouched.
         """
         self._pulled = None
-        self._pulled = self._receive(update_info.version, update_info.timeout_seconds)
+        self._pulled = self._receive(update_info)
+        self._behind.pulled(self._pulled)
 
-    def _receive(self, version: int, timeout_seconds: float) -> Pulled:
+    def _receive(self, update: UpdateInfo) -> Pulled:
+        seconds = update.timeout_seconds
+
         def total(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-            return sum_over_ranks(values, self._group.cpu_group, timeout_seconds)
+            return sum_over_ranks(values, self._group.cpu_group, seconds)
 
-        agreement = Agreement(self._size, self._rank, total)
-        try:
-            self._check_receivable(version)
-            assert self._subscriber is not None  # as that was checked
-            buffers = {
-                (self._rank, name): tensor.view(torch.uint8).numpy()
-                for name, tensor in self._shadow.items()
-            }
-            combine = agreement.combine if self._size > 1 else None
-            return self._subscriber.pull(version, buffers, combine)
-        except BaseException as error:
-            try:
-                agreement.fail()
-            except PeerTimeoutError as late:  # this rank's own error tells more
-                error.add_note(str(late))
-            raise
+        def combine(digests: Digests) -> Digests:
+            return total(digests.view(np.int64)).view(np.uint64)
+
+        check_together(
+            lambda: self._check_receivable(update.version), self._size, self._rank, total
+        )
+        assert self._subscriber is not None  # as that was checked
+        return self._subscriber.pull(
+            update.version,
+            self._buffers(self._shadow),
+            combine if self._size > 1 else None,
+            full=update.full,
+            timeout_seconds=seconds,
+        )
+
+    def _buffers(self, tensors: Mapping[str, torch.Tensor]) -> dict[tuple[int, str], Any]:
+        return {
+            (self._rank, name): tensor.reshape(-1).view(torch.uint8).numpy()
+            for name, tensor in tensors.items()
+        }
 
     def _check_receivable(self, version: int) -> None:
         if self.status.broken:
@@ -218,21 +215,33 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if pulled is None:
             raise SnapshotError("nothing to finish: no version was received since the last finish")
         started = time.perf_counter()
-        self.status.version = None
+        served, self.status.version = self.status.version, None
         try:
-            self._packer.pack(self._shadow)
+            # The parameters that the engine computes with hold what is served, not the shadow's.
+            near = served is not None and pulled.base == served
+            self._packer.pack(
+                self._shadow,
+                self._behind.names,
+                (lambda live: pulled.replay(self._buffers(live))) if near else None,
+            )
         except BaseException as error:
             self.status.broken = f"packing version {pulled.version} failed: {error}"
             raise
-        packed = time.perf_counter() - started
+        self._behind.packed()
+        verify = pulled.seconds.get("verify", 0.0)
+        phases = {
+            "pull": pulled.total_seconds - verify,
+            "digest": verify,
+            "pack": time.perf_counter() - started,
+        }
         self.status = Status(
             version=pulled.version,
-            seconds={
-                "pull": pulled.total_seconds - pulled.seconds["verify"],
-                "digest": pulled.seconds["verify"],
-                "pack": packed,
-            },
+            base=pulled.base,
+            seconds=pulled.seconds | phases,
             nbytes=pulled.nbytes,
+            wire_nbytes=pulled.wire_nbytes,
+            full_nbytes=pulled.full_nbytes,
+            changed=pulled.changed,
             digests=pulled.digests_checked,
         )
 
@@ -244,71 +253,27 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._peers = None
 
 
-class PeerFailedError(SnapshotError):
-    """Another rank of the same engine failed; its own error says why."""
+class Behind:
+    """Which of a model's parameters the shadow is ahead of.
 
-
-class PeerTimeoutError(SnapshotError):
-    """Other ranks of the same engine did not come to where this one waited, or were lost there."""
-
-
-def sum_over_ranks(
-    values: npt.NDArray[np.int64], group: torch.distributed.ProcessGroup, timeout_seconds: float
-) -> npt.NDArray[np.int64]:
-    """Sums over the ranks of an engine, wrapping around.
-
-    Raises PeerTimeoutError naming the ranks waited for; the group cannot be used after it.
-    """
-    summed = torch.from_numpy(values.copy())
-    options = torch.distributed.AllreduceOptions()
-    options.timeout = timedelta(seconds=timeout_seconds)
-    try:
-        group.allreduce([summed], options).wait(options.timeout)
-    except RuntimeError as error:
-        others = [rank for rank in range(group.size()) if rank != group.rank()]
-        raise PeerTimeoutError(
-            f"rank {group.rank()} of the engine waited up to {timeout_seconds:g} s for its ranks "
-            f"{others} to compare digests ({error}); see what became of them, and restart the "
-            "engine: its ranks are out of step"
-        ) from error
-    return summed.numpy()
-
-
-class Agreement:
-    """One collective decision of all ranks of an engine: sum digests together, or fail together.
-
-    A rank that fails on the way says so in the sum that the others wait in, so none waits for it.
+    names: None for all of them.
     """
 
-    def __init__(
-        self,
-        size: int,
-        rank: int,
-        total: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]],
-    ) -> None:
-        self._size, self._rank, self._total = size, rank, total
-        self._said = False
+    def __init__(self) -> None:
+        self.names: frozenset[str] | None = None
+        self._version: int | None = None  # of the shadow, as far as `names` tells
 
-    def combine(self, digests: Digests) -> Digests:
-        """Sums over ranks. Raises PeerFailedError naming the ranks that failed."""
-        failed = self._say(False)
-        if failed:
-            raise PeerFailedError(
-                f"rank {self._rank} received its weights, but ranks {failed} of the engine did "
-                "not; their own errors say why"
-            )
-        return self._total(digests.view(np.int64)).view(np.uint64)
+    def pulled(self, pulled: Pulled) -> None:
+        """The shadow was brought to a version. One from a base that is not known here began on what
+        an attempt that failed had left."""
+        known = pulled.base is not None and pulled.base == self._version
+        touched = frozenset(name for _, name in pulled.touched)
+        self.names = self.names | touched if known and self.names is not None else None
+        self._version = pulled.version
 
-    def fail(self) -> None:
-        """Tells the others, unless this rank has taken part already."""
-        if self._size > 1 and not self._said:
-            self._say(True)
-
-    def _say(self, failed: bool) -> list[int]:
-        self._said = True
-        flags = np.zeros(self._size, np.int64)
-        flags[self._rank] = failed
-        return [int(rank) for rank in np.flatnonzero(self._total(flags))]
+    def packed(self) -> None:
+        """The model was brought to the shadow's version."""
+        self.names = frozenset()
 
 
 class WorkerReport:

@@ -32,6 +32,8 @@ class Ranks:
         self.input_processor = self
         self.packed: int | None = None
         self.label: str | None = None
+        self.cache_resets = 0
+        self.updates: list[dict[str, Any]] = []
         self.fail: dict[str, Callable[[], Any]] = {}
         self.asked: list[str] = []
         self.released = threading.Event()
@@ -47,18 +49,24 @@ class Ranks:
             if given is not None:
                 return list(given)
         if name == "update_weights":
-            self._received = args[1]["update_info"]["version"]
+            self.updates.append(args[1]["update_info"])
+            self._received = self.updates[-1]["version"]
         if name == "finish_weight_update":
             self.packed = self._received
         if name != "kimisys_status":
             return [None] * RANKS
-        seconds = {"pull": 1.0, "digest": 2.0, "pack": 3.0}
-        return [{"version": self.packed, "seconds": seconds, "nbytes": 5, "digests": 7}] * RANKS
+        seconds = {"pull": 1.0, "digest": 2.0, "pack": 3.0, "read": 0.5}
+        counts = {"nbytes": 5, "wire_nbytes": 6, "full_nbytes": 8, "changed": 2, "digests": 7}
+        return [{"version": self.packed, "base": None, "seconds": seconds, **counts}] * RANKS
 
     def set_weight_version(self, label: str) -> None:
         if "set_weight_version" in self.fail:
             self.fail["set_weight_version"]()
         self.label = label
+
+    def reset_prefix_cache(self) -> bool:
+        self.cache_resets += 1
+        return "reset_prefix_cache" not in self.fail
 
     def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -98,7 +106,15 @@ def with_engine(
 
 
 @pytest.mark.parametrize(
-    "stage", ["finish_weight_update", "kimisys_status", "set_weight_version", "one rank", "report"]
+    "stage",
+    [
+        "finish_weight_update",
+        "kimisys_status",
+        "set_weight_version",
+        "reset_prefix_cache",
+        "one rank",
+        "report",
+    ],
 )
 def test_whatever_fails_once_packing_began_ends_serving(stage: str) -> None:
     """The ranks may compute with the new weights by then, so the old version is not claimed."""
@@ -137,6 +153,20 @@ def test_what_fails_before_packing_leaves_the_old_version_served() -> None:
         report = await engine.update(2)
         assert engine.version == ranks.packed == 2
         assert (report["nbytes"], report["digests"], report["pack_seconds"]) == (10, 7, 3.0)
+        assert (report["wire_nbytes"], report["full_nbytes"], report["changed"]) == (12, 16, 4)
+        assert (report["base"], report["read_seconds"]) == (None, 0.5)
+
+    with_engine(work)
+
+
+def test_an_update_empties_the_prefix_cache_unless_told_to_keep_it() -> None:
+    async def work(engine: Engine, ranks: Ranks) -> None:
+        await engine.update(1)
+        assert ranks.cache_resets == 1
+        await engine.update(2, keep_prefix_cache=True)
+        assert ranks.cache_resets == 1 and ranks.updates[-1]["full"] is False
+        await engine.update(3, full=True)
+        assert ranks.cache_resets == 2 and ranks.updates[-1]["full"] is True
 
     with_engine(work)
 

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from kimisys.adapters.vllm import plugin
-from kimisys.adapters.vllm.weight_transfer import (
-    Agreement,
-    KimisysWeightTransferEngine,
+from kimisys.adapters.vllm.ranks import (
     PeerFailedError,
     PeerTimeoutError,
+    check_together,
     sum_over_ranks,
 )
+from kimisys.adapters.vllm.weight_transfer import Behind, KimisysWeightTransferEngine
+from kimisys.broadcast import Pulled
 
 
 def test_registering_twice_is_registering_once() -> None:
@@ -54,35 +55,72 @@ class Collective:
         return np.asarray(summed)
 
 
-def decide(failing: int | None) -> list[Future[npt.NDArray[np.uint64]]]:
-    """Three ranks, of which one may fail before it comes to the digests."""
+def decide(failing: int | None) -> list[Future[None]]:
+    """Three ranks, of which one may have what keeps it from pulling."""
     collective = Collective(3)
 
-    def rank(number: int) -> npt.NDArray[np.uint64]:
-        agreement = Agreement(3, number, collective.total)
-        try:
+    def rank(number: int) -> None:
+        def check() -> None:
             if number == failing:
                 raise OSError("the socket is gone")
-            return agreement.combine(np.full(2, 2**63 + number, np.uint64))
-        except BaseException:
-            agreement.fail()
-            raise
+
+        check_together(check, 3, number, collective.total)
 
     with ThreadPoolExecutor(3) as pool:
         return [pool.submit(rank, number) for number in range(3)]
 
 
-def test_digests_are_summed_modulo_two_to_the_64() -> None:
-    for summed in decide(failing=None):
-        assert summed.result().tolist() == [2**63 + 3] * 2
+def test_ranks_of_which_none_refuses_go_on() -> None:
+    assert [rank.result() for rank in decide(failing=None)] == [None] * 3
 
 
-def test_no_rank_waits_for_one_that_failed() -> None:
+def test_no_rank_waits_for_one_that_refused() -> None:
     ranks = decide(failing=1)
     assert isinstance(ranks[1].exception(), OSError)
     for number in (0, 2):
         with pytest.raises(PeerFailedError, match=rf"rank {number} .* ranks \[1\]"):
             ranks[number].result()
+
+
+def test_a_rank_that_refuses_says_so_though_nobody_listens() -> None:
+    def total(_: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        raise PeerTimeoutError("the others did not come")
+
+    def check() -> None:
+        raise OSError("the socket is gone")
+
+    with pytest.raises(OSError, match="socket") as caught:
+        check_together(check, 2, 0, total)
+    assert caught.value.__notes__ == ["the others did not come"]
+    with pytest.raises(PeerTimeoutError):
+        check_together(lambda: None, 2, 0, total)
+
+
+def pulled(version: int, base: int | None, *touched: str) -> Pulled:
+    names = frozenset((0, name) for name in touched)
+    return Pulled(version, base, 0, 0, 0, 0, 0, False, {}, 0.0, names)
+
+
+def test_what_a_model_is_behind_of_its_shadow() -> None:
+    """Every pull since the model was packed counts, and everything after one that is not known."""
+    behind = Behind()
+    behind.pulled(pulled(1, None, "a"))
+    assert behind.names is None, "a full pull brings everything, and the model holds nothing yet"
+    behind.pulled(pulled(2, 1, "a"))
+    assert behind.names is None
+    behind.packed()
+    assert behind.names == set()
+    behind.pulled(pulled(3, 2, "a"))
+    behind.pulled(pulled(5, 3, "b"))
+    assert behind.names == {"a", "b"}
+    behind.packed()
+    behind.pulled(pulled(7, 6, "c"))  # from 5 to 6 an attempt had come that failed afterwards
+    assert behind.names is None
+    behind.packed()
+    behind.pulled(pulled(8, 7))
+    assert behind.names == set()
+    behind.pulled(pulled(9, None, "a"))
+    assert behind.names is None
 
 
 def gloo_ranks(size: int) -> list[dist.ProcessGroup]:
