@@ -12,6 +12,9 @@ from bench.sync import worker
 from bench.sync.child import serve
 from kimisys.adapters.vllm.engine import Engine, EngineConfig
 
+_PULLING = ("read", "measure", "apply", "land")
+"""Phases of a pull; what is left of it, the ranks spend to look for versions and to agree."""
+
 
 class Server:
     """A running engine that takes weights any way.
@@ -44,8 +47,10 @@ class Server:
         self._ask(worker.packing_seconds)
         report = self._runner.run(self._engine.update(version, full=full))
         packing = max(self._ask(worker.packing_seconds))
+        pulling = {phase: report.get(f"{phase}_seconds", 0.0) for phase in _PULLING}
         seconds = {
-            "pull": report["pull_seconds"],
+            **{phase: spent for phase, spent in pulling.items() if spent},
+            "agree": max(0.0, report["pull_seconds"] - sum(pulling.values())),
             "verify": report["digest_seconds"],
             "in place": report["pack_seconds"] - packing,
             "repack": packing,

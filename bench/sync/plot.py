@@ -21,8 +21,12 @@ from matplotlib.patches import Patch
 
 COLORS = {
     "publish": "#1f5a9c",
-    "pull": "#5e9bd3",
-    "verify": "#bcd6ef",
+    "read": "#3f7fc0",
+    "measure": "#5e9bd3",
+    "apply": "#8ebbe3",
+    "land": "#6fa8dc",
+    "agree": "#bcd6ef",
+    "verify": "#7f8fd0",
     "in place": "#4f9d8a",
     "gather": "#e08a2e",
     "to memory": "#f2c48d",

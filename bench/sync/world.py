@@ -237,7 +237,8 @@ class World:
         self.packing += phases["repack"]
         for phase, seconds in phases.items():
             self.seconds[way][phase].append(seconds)
-        self.seconds[way]["calls and waiting"].append(whole - sum(phases.values()))
+        # Each phase is that of the slowest rank: together they may be longer than the whole.
+        self.seconds[way]["calls and waiting"].append(max(0.0, whole - sum(phases.values())))
         self.seconds[way]["all"].append(whole)
 
     def _scrambled(self, seed: int) -> np.ndarray:

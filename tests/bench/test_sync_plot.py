@@ -11,7 +11,7 @@ import pytest
 
 from bench.sync.plot import COLORS, main, parts_of
 
-PHASES = {"publish": 30.0, "pull": 20.0, "repack": 200.0, "calls and waiting": 10.0}
+PHASES = {"publish": 30.0, "land": 20.0, "repack": 200.0, "calls and waiting": 10.0}
 
 
 def record(case: str, parts: dict[str, float] | None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def test_a_way_is_named_and_its_time_written_beside_its_bar(tmp_path: Path) -> N
     assert main(file, picture) == 0
     texts = re.findall(r">([^<>]+)</text>", picture.read_text())
     texts = [text.strip() for text in texts]
-    for text in ("kimisys full", "load_weights", "260", "1,600", "sync, full", "gather", "pull"):
+    for text in ("kimisys full", "load_weights", "260", "1,600", "sync, full", "gather", "land"):
         assert text in texts
     assert "save" not in texts  # a phase that nobody had
     first = picture.read_bytes()
