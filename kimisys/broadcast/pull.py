@@ -64,7 +64,9 @@ class Way:
         """Of sums: (rounds, tensors)."""
         return len(self.rounds), len(self.tensors)
 
-    def compare(self, sums: Digests, expected: Digests, where: str, what: str, remedy: str) -> int:
+    def compare(
+        self, sums: Digests, expected: Digests, where: str, what: str, remedy: str
+    ) -> int:
         """Tensors compared. Raises DigestError, naming those whose sums are not as expected."""
         index = {name: i for i, name in enumerate(self.tensors)}
         wrong: set[str] = set()

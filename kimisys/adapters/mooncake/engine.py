@@ -106,12 +106,7 @@ class Engine:
                     target[local : local + size] = self._staging[place : place + size]
 
     def _transfer_batch(
-        self,
-        session: str,
-        local: list[int],
-        remote: list[int],
-        sizes: list[int],
-        deadline: Deadline,
+        self, session: str, local: list[int], remote: list[int], sizes: list[int], deadline: Deadline
     ) -> None:
         try:
             batch = self._submit(session, local, remote, sizes, deadline)
@@ -133,21 +128,20 @@ class Engine:
             )
 
     def _submit(
-        self,
-        session: str,
-        local: list[int],
-        remote: list[int],
-        sizes: list[int],
-        deadline: Deadline,
+        self, session: str, local: list[int], remote: list[int], sizes: list[int], deadline: Deadline
     ) -> int:
         """The batch's number; 0 when it was refused. Raises TimeoutError."""
         if session in self._opened:
-            return int(self._transfer.batch_transfer_async_read(session, local, remote, sizes))
+            return int(
+                self._transfer.batch_transfer_async_read(session, local, remote, sizes)
+            )
         # The first transfer also shakes hands, and waits for that without a deadline of ours.
         answers: list[int] = []
 
         def submit() -> None:
-            answers.append(self._transfer.batch_transfer_async_read(session, local, remote, sizes))
+            answers.append(
+                self._transfer.batch_transfer_async_read(session, local, remote, sizes)
+            )
 
         thread = threading.Thread(target=submit, name=f"mooncake {session}", daemon=True)
         thread.start()
