@@ -22,16 +22,24 @@ using reshard::Tensor;
 constexpr std::int64_t kGap = 64;
 
 void check_plan(const Plan& plan) {
-  const std::vector<std::int64_t> ranks = plan.destination().ranks();
-  KIMISYS_CHECK(ranks.size() <= 1, ErrorCode::kLayout, "the plan fills the ", ranks.size(),
-                " ranks ", reshard::ranks_text(ranks), "; take the part of one engine rank");
+  const std::vector<reshard::Buffer>& to = plan.destination().buffers();
+  KIMISYS_CHECK(to.empty() || to.front().rank == to.back().rank, ErrorCode::kLayout,
+                "the plan fills buffers of rank ", to.front().rank, " and of rank ", to.back().rank,
+                "; take the part of one engine rank");
+  const std::vector<reshard::Buffer>& from = plan.source().buffers();
+  for (std::size_t i = 1; i < from.size(); ++i) {
+    KIMISYS_CHECK(from[i].rank != from[i - 1].rank, ErrorCode::kLayout, "rank ", from[i].rank,
+                  " of the source has the buffers '", from[i - 1].name, "' and '", from[i].name,
+                  "'; a snapshot is one buffer per rank, see snapshot_layout");
+  }
   for (const Step& step : plan.steps()) {
-    const Tensor& from = plan.source().tensors()[plan.source().tensor_of(step.source_fragment)];
-    const Tensor& to =
-        plan.destination().tensors()[plan.destination().tensor_of(step.destination_fragment)];
-    KIMISYS_CHECK(from.dtype == to.dtype, ErrorCode::kLayout, "tensor '", from.name,
-                  "' is published as ", dtype_name(from.dtype), ", the destination holds ",
-                  dtype_name(to.dtype),
+    const Layout& there = plan.source();
+    const Layout& here = plan.destination();
+    const Tensor& read = there.tensors()[there.tensor_of(step.source_fragment)];
+    const Tensor& held = here.tensors()[here.tensor_of(step.destination_fragment)];
+    KIMISYS_CHECK(read.dtype == held.dtype, ErrorCode::kLayout, "tensor '", read.name,
+                  "' is published as ", dtype_name(read.dtype), ", the destination holds ",
+                  dtype_name(held.dtype),
                   "; changed elements are written as they are: publish with "
                   "the destination's dtype");
   }
