@@ -14,7 +14,7 @@ from bench.ceiling import ceilings
 from bench.delta.versions import Versions
 from bench.harness import Case
 from bench.reshard import MIB
-from kimisys._core.broadcast import diff
+from kimisys._core.broadcast import Diff
 from kimisys.broadcast import Publisher, Subscriber, connect, snapshot_layout
 
 DENSITIES = (0.001, 0.01, 0.05)
@@ -24,13 +24,12 @@ Peers = dict[str, Callable[[], object]]
 
 def compare(versions: Versions, name: str, peers: Peers) -> Case:
     """Diff, update of the snapshot and encoding, without a log: what a publish begins with."""
-    layout = snapshot_layout(versions.layout, "bfloat16")
+    difference = Diff(versions.layout, snapshot_layout(versions.layout, "bfloat16"))
     snapshot = versions.live.copy()
     found: list[int] = []
 
     def ours() -> None:
-        _, _, changed = diff(versions.layout, layout, versions.buffers, snapshot)
-        found[:] = [changed]
+        found[:] = [difference.compare(versions.buffers, snapshot).changed]
 
     def correct() -> bool:
         return found == [versions.changed] and bool((snapshot == versions.live).all())

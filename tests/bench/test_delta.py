@@ -109,13 +109,17 @@ def test_the_cases_of_mooncake_give_right_answers() -> None:
 
 
 def test_changes_that_are_missed_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = diff.diff
+    class Blind:
+        """Misses a change."""
 
-    def blind(*arguments: Any) -> Any:
-        descriptors, payloads, changed = right(*arguments)
-        return descriptors, payloads, changed - 1
+        def __init__(self, *arguments: Any) -> None:
+            self._right = right(*arguments)
 
-    monkeypatch.setattr(diff, "diff", blind)
+        def compare(self, *arguments: Any) -> Any:
+            return SimpleNamespace(changed=self._right.compare(*arguments).changed - 1)
+
+    right = diff.Diff
+    monkeypatch.setattr(diff, "Diff", Blind)
     versions = Versions(MIB, 0.01, "random")
     assert not measure("b", diff.compare(versions, "c", {}), repeats=1).correct
 
