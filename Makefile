@@ -3,8 +3,8 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PACKAGES := g++ make cmake ninja-build libnuma1
-TEST_PACKAGES := doctest-dev chromium
+PACKAGES := g++ make cmake ninja-build libnuma1 libibverbs1
+TEST_PACKAGES := doctest-dev chromium iproute2
 FUZZ_PACKAGES := clang libclang-rt-14-dev
 # Debian's own Python comes without these two
 ifeq ($(PYTHON),/usr/bin/python3.11)

@@ -79,6 +79,9 @@ struct Call {
 
 // The changes of all chunks.
 struct Changes {
+  Changes() = default;
+  Changes(Changes&&) = default;  // its chunks can be moved alone
+
   std::vector<ChunkDelta> chunks;
   std::vector<std::uint64_t> increments;
   std::int64_t changed = 0;

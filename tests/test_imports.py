@@ -36,6 +36,7 @@ ALLOWED = {
         "numpy", "torch", "transformers", "kimisys.errors", "kimisys.reshard",
     },
     "kimisys.adapters.ray": {"ray", "kimisys.errors"},
+    "kimisys.adapters.mooncake": {"numpy", "mooncake", "kimisys.errors", "kimisys.broadcast"},
     "kimisys.adapters": set(),
     "kimisys.trainer": {
         "numpy", "torch", "rich", "tyro", "matplotlib", "tokenizers", "transformers", "jinja2",

@@ -31,8 +31,14 @@ struct PublisherCore::Source {
 
 // The record that a publish writes. Chunks write their own entries of the tables.
 struct PublisherCore::Writing {
+  Writing(Draft begun, std::uint64_t limit, const Blocks& blocks)
+      : draft(std::move(begun)),
+        whole_limit(static_cast<std::int64_t>(limit)),
+        chunk_offsets(blocks.chunk_count()),
+        descriptors(blocks.blocks().size()) {}
+
   Draft draft;
-  std::int64_t whole_limit;
+  std::int64_t whole_limit;  // bytes of whole blocks that the record may hold
   std::atomic<std::int64_t> whole_taken = 0;
   std::vector<std::uint64_t> chunk_offsets;
   std::vector<std::uint32_t> descriptors;
@@ -98,7 +104,10 @@ Publish PublisherCore::publish(std::uint64_t version, const reshard::Memories& l
   const DiffKernel& kernel = diff_kernel(implementation);
   const std::vector<const std::byte*> memory = diff_.live_memory(live);
   const Source source{memory, kernel, threads, each_chunk};
-  Publish result{.version = version, .elements = diff_.elements(), .nbytes = diff_.nbytes()};
+  Publish result;
+  result.version = version;
+  result.elements = diff_.elements();
+  result.nbytes = diff_.nbytes();
   if (!full && memory_->complete()) result.base = memory_->version();
   for (const auto& space : spaces_) space->clear(diff_.tensor_count());
 
@@ -133,10 +142,7 @@ void PublisherCore::publish_all(const Source& source, Publish& result) {
 
 void PublisherCore::publish_changes(const Source& source, Draft draft, Publish& result) {
   const Blocks& blocks = diff_.blocks();
-  Writing writing{.draft = std::move(draft),
-                  .whole_limit = static_cast<std::int64_t>(memory_->log().capacity() / kWholePart),
-                  .chunk_offsets = std::vector<std::uint64_t>(blocks.chunk_count()),
-                  .descriptors = std::vector<std::uint32_t>(blocks.blocks().size())};
+  Writing writing(std::move(draft), memory_->log().capacity() / kWholePart, blocks);
   each(source,
        [&](std::size_t chunk, Workspace& space) { compare_chunk(chunk, source, writing, space); });
   std::map<std::size_t, std::uint64_t> steps;
@@ -209,7 +215,7 @@ void PublisherCore::refer(ChunkDelta& delta, std::size_t chunk, bool all) const 
     const Descriptor descriptor = Descriptor::of(delta.descriptors[i]);
     if (descriptor.nbytes == 0) continue;  // the same, or referred to already
     if (all || descriptor.kind == Kind::kWhole) {
-      delta.descriptors[i] = Descriptor{.kind = Kind::kWhole}.word();
+      delta.descriptors[i] = Descriptor{Kind::kWhole, 0, 0}.word();
       delta.referred_nbytes += block_nbytes_[first + i];
     } else {
       std::memmove(delta.payload.data() + to, delta.payload.data() + from, descriptor.nbytes);

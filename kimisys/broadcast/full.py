@@ -1,9 +1,9 @@
 """Pulling everything, also while the publishers go on.
 
-Publishers do not wait for readers: one may begin to write while its blocks are read, and the trainer
-ranks may be at different versions. Then what landed is *healed*: an element that was read has its
-value of the version at which the read began, or of a later one, so replaying the records from there
-on makes every element exact at the last of them. What was healed is digested anew, all of it.
+Publishers do not wait for readers: one may begin to write while its blocks are read, and they may
+be at different versions. Then what landed is *healed*: an element that was read has its value of
+the version at which the read began, or of a later one, so replaying the records from there on makes
+every element exact at the last of them. What was healed is digested anew, all of it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Full:
         pull.tally.digests_checked = pull.way.compare(
             answers.sums,
             self._expected,
-            f"version {version}: what landed is not what was published",
+            f"version {version}",
+            "what landed is not what was published",
+            "do not serve from this destination; pull again, or publish again in full",
         )
         pull.tally.verified_fully = True
         held.version, held.digests, held.steps, held.suspect = version, self._expected, 0, False

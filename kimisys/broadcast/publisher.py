@@ -1,9 +1,7 @@
-"""A trainer rank's side: publish its shards as a snapshot that readers map."""
+"""A trainer rank's side: publish its shards, and what changed in them, in shared memory."""
 
 from __future__ import annotations
 
-import math
-import operator
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +9,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kimisys._core.broadcast import Snapshot, digest
+import numpy as np
+import numpy.typing as npt
+
+from kimisys._core.broadcast import PublisherCore, Snapshot
 from kimisys.broadcast.layout import SNAPSHOT_BUFFER
+from kimisys.broadcast.version import checked_version
 from kimisys.broadcast.wire import Manifest, Server, fingerprint
-from kimisys.errors import BufferMismatchError, LayoutError, VersionError
+from kimisys.errors import LayoutError
 from kimisys.reshard import Layout, plan
+
+_LOG_NBYTES = 1 << 20
+"""The least log that a publisher makes of its own accord."""
 
 Buffers = Mapping[tuple[int, str], Any]
 """(rank, buffer name) to any C-contiguous buffer of the layout's size."""
@@ -87,13 +92,17 @@ class Publisher:
                 f"rank {rank} of the snapshot layout has the buffers {names}, a publisher needs "
                 f"exactly '{SNAPSHOT_BUFFER}'; make it with snapshot_layout from all live layouts"
             )
-        self.plan = plan(live.of_rank(rank), self.layout)
-        self._counted = snapshot.cover().of_rank(rank)
-        manifest = Manifest(rank, self.layout, tuple(snapshot.ranks), fingerprint(snapshot))
-        self._snapshot = Snapshot.create(self.layout.buffers[0].nbytes, len(self.layout.tensors))
+        here = live.of_rank(rank)
+        plan(here, self.layout)  # proves that the live layout fills the snapshot
+        nbytes = self.layout.buffers[0].nbytes
+        log = max(nbytes // 2, _LOG_NBYTES) if log_nbytes is None else log_nbytes
+        self._snapshot = Snapshot.create(nbytes, len(self.layout.tensors), log)
+        counted = snapshot.cover().of_rank(rank)
+        self._core = PublisherCore(here, self.layout, counted, self._snapshot)
         self._version: int | None = None
+        self.manifest = Manifest(rank, self.layout, tuple(snapshot.ranks), fingerprint(snapshot))
         self._server = Server(
-            Path(address), manifest.encode(), self._snapshot.fileno(), timeout_seconds
+            Path(address), self.manifest.encode(), self._snapshot.fileno(), timeout_seconds
         )
 
     @property
@@ -105,6 +114,10 @@ class Publisher:
         """The last version published; None before the first."""
         return self._version
 
+    def mapped(self) -> npt.NDArray[np.uint8]:
+        """All of the shared memory, uint8, read-only: header, digests, log and data."""
+        return self._snapshot.mapped()
+
     @property
     def memory(self) -> memoryview:
         """The snapshot's data, uint8[nbytes], writable. Only tests of corruption write here."""
@@ -113,12 +126,12 @@ class Publisher:
     def publish(
         self, version: int, buffers: Buffers, threads: int = 0, full: bool = False
     ) -> Publication:
-        """Copies the live weights into the snapshot, with cast, and makes them ``version``.
+        """Makes the live weights ``version``: writes what changed into the snapshot and the log.
 
-        The caller keeps the live weights still meanwhile. Until it returns nobody can pull; a
-        reader in the middle of a pull gets a SnapshotError. If the copy fails half-way, the
-        snapshot stays unreadable until a later publish succeeds; if the arguments are wrong, the
-        last version stays as it was.
+        The caller keeps the live weights still meanwhile. Readers go on: the log of the versions
+        before stays readable, and a full pull that was overtaken is healed by it. If this fails
+        half-way, the snapshot stays unreadable until a later publish, which is full, succeeds; if
+        the arguments are wrong, the last version stays as it was. The first publish is full too.
 
         Args:
             version: above the last one, at least 0.
@@ -133,19 +146,18 @@ class Publisher:
         """
         started = time.perf_counter()
         self._server.check()
-        live = dict(buffers)  # a mapping's own code, and its errors, come before begin()
-        self._snapshot.begin(_integer(version))
-        here = {(self.rank, SNAPSHOT_BUFFER): self._snapshot}
-        try:
-            self.plan.execute(live, here, threads)
-        except (BufferMismatchError, LayoutError, TypeError):
-            self._snapshot.abort()  # the plan raises these before it writes any byte
-            raise
-        self._snapshot.commit(digest(self._counted, here, threads))
-        self._version = version
-        count = sum(math.prod(f.region.extent) for f in self.layout.fragments)
-        seconds = time.perf_counter() - started
-        return Publication(version, None, count, count, self.plan.nbytes, 0, 0, seconds)
+        done = self._core.publish(checked_version(version), dict(buffers), full, threads)
+        self._version = done.version
+        return Publication(
+            version=done.version,
+            base=done.base,
+            elements=done.elements,
+            changed=done.changed,
+            nbytes=done.nbytes,
+            delta_nbytes=done.record_nbytes,
+            reference_nbytes=done.referred_nbytes,
+            seconds=time.perf_counter() - started,
+        )
 
     def close(self) -> None:
         """Stops serving and removes the socket. Idempotent. Peers that have mapped the memory keep
@@ -162,13 +174,3 @@ class Publisher:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _integer(version: int) -> int:
-    try:
-        number = operator.index(version)
-    except TypeError:
-        raise VersionError(f"version {version!r} is not an integer") from None
-    if not 0 <= number < 1 << 63:
-        raise VersionError(f"version {number} is not in [0, 2^63)")
-    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,14 +60,18 @@ class Way:
     tensors: Sequence[str]
     who: str
 
+    @functools.cached_property
+    def full_nbytes(self) -> int:
+        """Of data that a full pull reads."""
+        windows = [self.scatter.windows(r, None, _EVERYTHING) for r in self.scatter.ranks]
+        return sum(int(w.ranges[:, 1].sum()) for each in windows for w in each)
+
     @property
     def shape(self) -> tuple[int, int]:
         """Of sums: (rounds, tensors)."""
         return len(self.rounds), len(self.tensors)
 
-    def compare(
-        self, sums: Digests, expected: Digests, where: str, what: str, remedy: str
-    ) -> int:
+    def compare(self, sums: Digests, expected: Digests, where: str, what: str, remedy: str) -> int:
         """Tensors compared. Raises DigestError, naming those whose sums are not as expected."""
         index = {name: i for i, name in enumerate(self.tensors)}
         wrong: set[str] = set()
@@ -83,8 +88,8 @@ class Way:
 class Tally:
     """What a pull has read, written and spent so far."""
 
-    nbytes: int = 0
     changed: int = 0
+    referred_nbytes: int = 0
     digests_checked: int = 0
     verified_fully: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
@@ -218,7 +223,6 @@ class Pull:
         with self.tally.phase("land"):
             scatter = self.way.scatter
             scatter.fill_padding(self._destinations)
-            self.tally.touched |= {(b.rank, b.name) for b in scatter.destination.buffers}
             zero = np.zeros(self.way.shape, np.uint64)
             return total([zero, *(self._land(rank, None, False) for rank in scatter.ranks)])
 
@@ -237,6 +241,8 @@ class Pull:
         limit = _EVERYTHING if mapped is not None else _WINDOW_NBYTES
         for window in self.way.scatter.windows(rank, blocks, limit):
             ranges = window.ranges
+            if blocks is not None:
+                self.tally.referred_nbytes += int(ranges[:, 1].sum())
             if mapped is not None:
                 image = mapped[begin + window.begin : begin + window.end]
                 source.meter.nbytes_read += int(ranges[:, 1].sum())

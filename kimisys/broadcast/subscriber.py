@@ -30,7 +30,8 @@ class Pulled:
     Attributes:
         version: whose weights are now in the destination.
         base: what it held before, where only the changes since were pulled; None for a full pull.
-        nbytes: bytes of tensor elements written to the destination.
+        nbytes: bytes of tensor elements written to the destination (for deltas: ``changed`` times
+            the mean size, where tensors of several sizes are held).
         wire_nbytes: bytes read from the publishers: headers, records, data, retries.
         full_nbytes: bytes of data that a full pull reads.
         changed: elements written.
@@ -163,8 +164,8 @@ class Subscriber:
 
         Raises:
             VersionError: a publisher does not have the version, or no longer. LayoutError:
-            ``combine`` is needed and missing. BufferMismatchError: a buffer is missing, read-only or
-            has another size. Until then nothing has changed. SnapshotError: a publisher is gone,
+            ``combine`` is needed and missing. BufferMismatchError: a buffer is missing, read-only
+            or has another size. Until then nothing has changed. SnapshotError: a publisher is gone,
             failed or died while writing, or was faster until the deadline, or what it wrote is
             malformed; or another rank of the engine failed. DigestError: what came is not what was
             published; the tensors are named.
@@ -250,6 +251,8 @@ class Subscriber:
         tally, scatter = run.tally, run.way.scatter
         assert self._held.version is not None  # as the pull succeeded
         steps = tally.replay
+        itemsize = self.plan.nbytes / self._elements if self._elements else 1.0
+        changed = tally.changed + round(tally.referred_nbytes / itemsize)
 
         def replay(buffers: Buffers) -> None:
             for staged in steps or ():
@@ -258,10 +261,10 @@ class Subscriber:
         return Pulled(
             version=self._held.version,
             base=base,
-            nbytes=self.plan.nbytes if base is None else tally.nbytes,
+            nbytes=self.plan.nbytes if base is None else round(changed * itemsize),
             wire_nbytes=wire_nbytes,
-            full_nbytes=self._full_nbytes(run.way),
-            changed=self._elements if base is None else tally.changed,
+            full_nbytes=run.way.full_nbytes,
+            changed=self._elements if base is None else changed,
             digests_checked=tally.digests_checked,
             verified_fully=tally.verified_fully,
             seconds=tally.seconds,

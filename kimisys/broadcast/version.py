@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-
 from kimisys.errors import VersionError
 
 

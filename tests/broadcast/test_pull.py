@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from worlds import (
 )
 
 from kimisys.broadcast import (
-    SNAPSHOT_BUFFER,
     Peers,
     Publisher,
     Pulled,
@@ -110,11 +108,15 @@ def test_versions_follow_each_other_in_place(folder: Path) -> None:
             values = numbers(version)
             publish(trainers, version, scatter(LIVE, values))
             assert {trainer.version for trainer in trainers} == {version}
+            base = subscriber.version
             pulled = subscriber.pull(version, landed, threads=1)
             assert_holds(destination, landed, as_bfloat16(values))
-            assert (pulled.version, pulled.digests_checked) == (version, 3)
-            assert pulled.nbytes == 2 * (48 + 48 + 5)
-            assert pulled.total_seconds >= pulled.seconds["verify"] >= 0
+            assert (pulled.version, pulled.base, pulled.digests_checked) == (version, base, 3)
+            assert subscriber.version == version
+            assert pulled.total_seconds >= sum(pulled.seconds.values()) > 0
+            if base is None:
+                assert pulled.nbytes == pulled.full_nbytes == 2 * (48 + 48 + 5)
+                assert pulled.verified_fully
 
 
 def pull_all(
@@ -174,6 +176,7 @@ def test_a_flipped_byte_of_a_snapshot_is_caught_and_named(folder: Path) -> None:
             flip(trainers[0].memory, offset + 3)
             with pytest.raises(DigestError, match=f"not what was published in '{name}'; "):
                 subscriber.pull(1, landed)
+            assert subscriber.version is None
             flip(trainers[0].memory, offset + 3)
         subscriber.pull(1, landed)
 
@@ -193,32 +196,27 @@ def test_a_flipped_replica_is_caught_where_it_is_read(folder: Path) -> None:
             assert isinstance(result, DigestError) and "published in 'norm';" in str(result)
 
 
-def corrupting(subscriber: Subscriber, corrupt: Callable[[Buffers], None]) -> None:
-    """Makes the transfer itself wrong: bytes change after they have landed."""
-    plan = subscriber.plan
-
-    def execute(sources: object, destinations: Buffers, threads: int) -> None:
-        plan.execute(sources, destinations, threads)
-        corrupt(destinations)
-
-    subscriber.plan = SimpleNamespace(execute=execute, nbytes=plan.nbytes)
-
-
 def test_every_landed_byte_of_every_replica_is_verified(folder: Path) -> None:
     destination = engine(2)
-    values = numbers(3)
+    landed = allocate(destination)
     with publishers(folder, LIVE, "bfloat16") as trainers, joined(trainers) as peers:
-        publish(trainers, 1, scatter(LIVE, values))
-        for rank, name in allocate(destination):
+        publish(trainers, 1, scatter(LIVE, numbers(3)))
+        subscribers = {r: Subscriber(peers, destination, r) for r in (0, 1)}
+
+        def verify_all() -> dict[int, object]:
+            combine = AllReduce(2)
+            return on_threads([0, 1], lambda rank: subscribers[rank].verify(landed, combine))
+
+        for rank, name in landed:
             for byte in (0, 3, 9):
-                subscribers = {r: Subscriber(peers, destination, r) for r in (0, 1)}
-                corrupting(
-                    subscribers[rank],
-                    lambda landed, at=(rank, name), byte=byte: flip(memoryview(landed[at]), byte),
-                )
-                results = pull_all(subscribers, 1, allocate(destination))
-                for result in results.values():
-                    assert isinstance(result, DigestError) and f"'{name}';" in str(result)
+                pull_all(subscribers, 1, landed)
+                assert list(verify_all().values()) == [3, 3]
+                flip(memoryview(landed[rank, name]), byte)
+                for found in verify_all().values():
+                    assert isinstance(found, DigestError) and f"in '{name}';" in str(found)
+                assert {each.version for each in subscribers.values()} == {None}
+                for found in verify_all().values():
+                    assert isinstance(found, VersionError)
 
 
 def test_versions_must_match(folder: Path) -> None:
@@ -289,26 +287,23 @@ def test_wrong_buffers_leave_the_last_version_readable(folder: Path) -> None:
         publish(trainers, 2, live)
 
 
-def test_a_publish_that_fails_half_way_is_unreadable(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_publish_that_fails_half_way_is_unreadable(folder: Path) -> None:
     destination = engine(1)
+    landed = allocate(destination)
     live = scatter(LIVE, numbers(1))
     with publishers(folder, LIVE, "bfloat16") as trainers, joined(trainers) as peers:
         publish(trainers, 1, live)
         subscriber = Subscriber(peers, destination, 0)
-        monkeypatch.setenv("KIMISYS_BROADCAST_IMPLEMENTATION", "none")
-        with pytest.raises(LayoutError):  # from the digests, when the bytes are already new
-            publish(trainers[1:], 2, live)
-        monkeypatch.undo()
-        with pytest.raises(SnapshotError, match=r"1\.sock \(trainer rank 1\): .*failed or died"):
-            subscriber.pull(1, allocate(destination))
+        trainers[1]._snapshot.begin(2)  # and what comes after it fails
+        died = r"1\.sock \(trainer rank 1\): .*failed or died"
+        with pytest.raises(SnapshotError, match=died):
+            subscriber.pull(1, landed, timeout_seconds=0.05)
         with pytest.raises(BufferMismatchError):
             trainers[1].publish(2, {})  # writes nothing, but heals nothing either
         with pytest.raises(SnapshotError, match="failed or died"):
-            subscriber.pull(1, allocate(destination))
+            subscriber.pull(1, landed, timeout_seconds=0.05)
         publish(trainers, 2, live)
-        subscriber.pull(2, allocate(destination))
+        assert subscriber.pull(2, landed).base is None
 
 
 def test_destinations_that_cannot_be_verified_are_refused(folder: Path) -> None:
@@ -346,11 +341,13 @@ def test_closed_peers_refuse_to_be_read(folder: Path) -> None:
         publish(trainers, 1, scatter(LIVE, numbers(1)))
         peers = joined(trainers)
         subscriber = Subscriber(peers, destination, 0)
-        assert set(peers.snapshots) == {(0, SNAPSHOT_BUFFER), (1, SNAPSHOT_BUFFER)}
+        subscriber.pull(1, allocate(destination))
         peers.close()
         peers.close()
         with pytest.raises(SnapshotError, match="closed"):
             subscriber.pull(1, allocate(destination))
+        with pytest.raises(SnapshotError, match="closed"):
+            Subscriber(peers, destination, 0)
 
 
 def test_publishing_goes_on_when_nobody_can_connect_any_more(folder: Path) -> None:

@@ -71,7 +71,9 @@ class Card:
                 raise ValueError(f"it has more than {_LIMIT} bytes")
             fields: Any = json.loads(text)
             if fields["protocol"] != PROTOCOL:
-                raise ValueError(f"it is of protocol {fields['protocol']}, this side reads {PROTOCOL}")
+                raise ValueError(
+                    f"it is of protocol {fields['protocol']}, this side reads {PROTOCOL}"
+                )
             session, address, nbytes = fields["session"], fields["address"], fields["nbytes"]
             if type(session) is not str or type(address) is not int or type(nbytes) is not int:
                 raise TypeError("a field has the wrong type")

@@ -106,7 +106,12 @@ class Engine:
                     target[local : local + size] = self._staging[place : place + size]
 
     def _transfer_batch(
-        self, session: str, local: list[int], remote: list[int], sizes: list[int], deadline: Deadline
+        self,
+        session: str,
+        local: list[int],
+        remote: list[int],
+        sizes: list[int],
+        deadline: Deadline,
     ) -> None:
         try:
             batch = self._submit(session, local, remote, sizes, deadline)
@@ -123,25 +128,26 @@ class Engine:
             raise SnapshotError(self._lost) from error
         if not batch or status != 1:
             raise SnapshotError(
-                f"Mooncake could not read from {session}: its process has ended, or does not export "
-                "this memory any more; connect again with a new card"
+                f"Mooncake could not read from {session}: its process has ended, or does not "
+                "export this memory any more; connect again with a new card"
             )
 
     def _submit(
-        self, session: str, local: list[int], remote: list[int], sizes: list[int], deadline: Deadline
+        self,
+        session: str,
+        local: list[int],
+        remote: list[int],
+        sizes: list[int],
+        deadline: Deadline,
     ) -> int:
         """The batch's number; 0 when it was refused. Raises TimeoutError."""
         if session in self._opened:
-            return int(
-                self._transfer.batch_transfer_async_read(session, local, remote, sizes)
-            )
+            return int(self._transfer.batch_transfer_async_read(session, local, remote, sizes))
         # The first transfer also shakes hands, and waits for that without a deadline of ours.
         answers: list[int] = []
 
         def submit() -> None:
-            answers.append(
-                self._transfer.batch_transfer_async_read(session, local, remote, sizes)
-            )
+            answers.append(self._transfer.batch_transfer_async_read(session, local, remote, sizes))
 
         thread = threading.Thread(target=submit, name=f"mooncake {session}", daemon=True)
         thread.start()

@@ -15,8 +15,9 @@ import numpy as np
 
 
 def world() -> Any:
-    from kimisys.reshard import Layout
     from worlds import split, whole
+
+    from kimisys.reshard import Layout
 
     live = Layout.merge(
         [
@@ -47,9 +48,10 @@ def values(live: Any, version: int) -> dict[str, np.ndarray]:
 
 
 def publish(folder: Path, host: str) -> None:
+    from worlds import scatter
+
     from kimisys.adapters.mooncake import Engine, Export
     from kimisys.broadcast import Publisher, snapshot_layout
-    from worlds import scatter
 
     live, _ = world()
     snapshot = snapshot_layout(live, "bfloat16")
@@ -70,9 +72,10 @@ def publish(folder: Path, host: str) -> None:
 
 
 def subscribe(folder: Path, host: str) -> None:
+    from worlds import allocate, assert_holds, rounded
+
     from kimisys.adapters.mooncake import Engine, connect
     from kimisys.broadcast import Subscriber
-    from worlds import allocate, assert_holds, rounded
 
     live, destination = world()
     engine = Engine(host, staging_nbytes=1 << 18)
