@@ -46,7 +46,7 @@ class Transfer:
 
 
 def cases(total: int, density: float) -> Iterator[Case]:
-    """A full pull, then the pull of a delta; none where Mooncake cannot be loaded, which is said."""
+    """A full pull, then that of a delta. Where Mooncake cannot be loaded, none, which is said."""
     try:
         engine = Engine(HOST)
     except SnapshotError as error:
