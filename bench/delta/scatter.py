@@ -60,15 +60,17 @@ def cases(total: int, density: float) -> Iterator[Case]:
         versions.turn()
         number[0] = next(turns) % 2
 
+    counted: list[int] = []
+
     def apply() -> None:
-        scatter.apply([steps[number[0]]], {(0, "w"): written})
+        counted[:] = [scatter.apply([steps[number[0]]], {(0, "w"): written})]
 
     def measured() -> None:
         scatter.measure([steps[number[0]]], {(0, "w"): written})
         apply()
 
     def correct() -> bool:
-        return bool((written == versions.live).all())
+        return counted == [versions.changed] and bool((written == versions.live).all())
 
     masked, chosen = (torch.from_numpy(versions.live.copy().view(np.int16)) for _ in "ab")
     mask = torch.from_numpy(versions.old != versions.live)
