@@ -15,6 +15,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import bench
@@ -122,11 +123,11 @@ def _table(records: list[Record]) -> Table:
         if not r.correct:
             table.add_row(r.case, "[red]wrong answer[/]", "", "", "")
             continue
-        own = f"{r.value:.2f} {r.unit} [{r.low:.2f} {r.high:.2f}]".replace("[", "\\[")
+        own = escape(f"{r.value:.2f} {r.unit} [{r.low:.2f} {r.high:.2f}]")
         for i, peer in enumerate(r.peers):
             first = ("", "") if i else (r.case, own)
             name = peer.name if peer.rounds == r.rounds else f"{peer.name} (x{peer.rounds})"
-            table.add_row(*first, f"{peer.value:.2f} {r.unit}", name, f"{peer.ratio:.2f}")
+            table.add_row(*first, f"{peer.value:.2f} {r.unit}", escape(name), f"{peer.ratio:.2f}")
         if not r.peers:
             table.add_row(r.case, own, "", "", "")
     return table
