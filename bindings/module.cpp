@@ -6,5 +6,6 @@ PYBIND11_MODULE(_core, module) {
   kimisys::bindings::bind_errors(module);
   kimisys::bindings::bind_reshard(module);
   kimisys::bindings::bind_quantize(module);
+  kimisys::bindings::bind_matrix(module);
   kimisys::bindings::bind_broadcast(module);
 }

@@ -29,6 +29,10 @@ class OvertakenError(SnapshotError):
     """What was being read is gone: another way, or a newer version, is to be taken."""
 
 
+class PeerFailedError(SnapshotError):
+    """Another rank of the same engine failed; its own error says why."""
+
+
 class _Status(enum.IntEnum):
     DONE = 0
     OVERTAKEN = 1
@@ -79,7 +83,7 @@ class Ranks:
         """Does this rank's part and waits for the others'.
 
         Raises what ``work`` raised, after the others were told (OvertakenError is no failure: it is
-        in the answers); SnapshotError when another rank failed; what ``combine`` raises.
+        in the answers); PeerFailedError when another rank failed; what ``combine`` raises.
         """
         part, status, failure = Part(), _Status.DONE, None
         try:
@@ -98,7 +102,7 @@ class Ranks:
             raise failure
         failed = [r for r, said in zip(self._ranks, rows[:, 0], strict=True) if said == 2]
         if failed:
-            raise SnapshotError(
+            raise PeerFailedError(
                 f"ranks {failed} of the engine failed in this pull, so rank "
                 f"{self._ranks[self._row]} gives it up; their own errors say why"
             )

@@ -33,6 +33,7 @@ from kimisys._core.reshard import (
     route,
     route_demands,
     symbolic_plan,
+    transpose,
 )
 
 __all__ = [
@@ -61,4 +62,5 @@ __all__ = [
     "route",
     "route_demands",
     "symbolic_plan",
+    "transpose",
 ]

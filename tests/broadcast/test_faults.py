@@ -215,9 +215,7 @@ def test_a_thousand_damages_on_the_way_are_detected(folder: Path) -> None:
                 harmed += victim.harmed
                 if subscriber.version is not None:
                     assert_holds(destination, landed, history[subscriber.version])
-                history = {
-                    v: kept for v, kept in history.items() if v >= (subscriber.version or v)
-                }
+                history = {v: kept for v, kept in history.items() if v >= (subscriber.version or v)}
                 history[trainer.version + 1] = trainer.next()
                 assert subscriber.pull(None, landed).version == trainer.version
                 assert_holds(destination, landed, history[trainer.version])

@@ -24,8 +24,8 @@ def environment(threads: int = 2) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
         "MALLOC_TOP_PAD_": str(1 << 28),
         # The engine's thread would get an arena of its own, whose blocks end at 64 MB: every update
-        # would map and fault in what it packs anew (760 MB of a Qwen3-0.6B: 76,000 faults, up to
-        # half of the time of packing).
+        # would map and fault in the packed head anew (of a Qwen3-0.6B: 311 MB, 76,000 faults, which
+        # cost 70 to 400 ms where all of packing takes 400).
         "MALLOC_ARENA_MAX": "1",
         # Huge pages where the machine leaves them to madvise, as most do.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

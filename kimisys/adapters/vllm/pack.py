@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import vllm.model_executor.layers.utils as kernels
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
@@ -24,8 +25,10 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
 
 from kimisys.adapters.vllm.derived import Derived, Inventory
+from kimisys.adapters.vllm.scratch import Scratch
 from kimisys.errors import LayoutError
 
 _REPEATABLE: tuple[type[QuantizeMethodBase], ...] = (
@@ -108,6 +111,11 @@ class Packer:
             self._sources[now] = frozenset(self._names[id(p)] for p in before.parameters())
         refused += [f"module {prefix!r}" for prefix in modules]
         refused += _shared(self._in_place)
+        self._turned = {
+            place.module
+            for place in self._refills
+            if place.attribute == "weight" and _packed_by_onednn(self.shapes[place.name])
+        }
         self._same = _same_derivations(self._methods)
         self._twins: dict[torch.nn.Module, list[torch.nn.Module]] = {}
         for module, twin in self._same.items():
@@ -179,14 +187,14 @@ class Packer:
         else:
             return
         self._write(weights, names, replay)
+        scratch = Scratch()
         for place in self._refills:
             if place.name in names:
-                full = torch.nn.Parameter(weights[place.name], requires_grad=False)
-                setattr(place.module, place.attribute, full)
+                setattr(place.module, place.attribute, _parameter(weights[place.name]))
         with set_current_vllm_config(self._config):
             for module in self._methods:
                 if self._stale(module, names):
-                    self._derive(module)
+                    self._derive(module, scratch)
             for module in self._attention:
                 if self._stale(module, names):
                     self._reset(module)
@@ -221,12 +229,14 @@ class Packer:
         for name, current in left.items():
             current.copy_(weights[name])
 
-    def _derive(self, module: torch.nn.Module) -> None:
+    def _derive(self, module: torch.nn.Module, scratch: Scratch) -> None:
         twin = self._same.get(module)
         if twin is None:
             # All of the old copies go before the new one comes, into their memory.
             for each in (module, *self._twins.get(module, ())):
                 self._reset(each)
+            if module in self._turned:
+                module.weight = _parameter(scratch.turned(module.weight))  # type: ignore[arg-type]
             cast(Any, module).quant_method.process_weights_after_loading(module)
             return
         for each in self._resets.get(module, []):
@@ -255,6 +265,19 @@ class Packer:
                     f"{place.name!r} was packed when the engine started and is not any more; vLLM "
                     "fell back to an unpacked kernel. Restart the engine"
                 )
+
+
+def _packed_by_onednn(weight: torch.Tensor) -> bool:
+    """As vLLM chooses (`dispatch_cpu_unquantized_gemm`); Scratch turns elements of two bytes."""
+    if weight.dim() != 2 or weight.element_size() != 2 or current_platform.is_zen_cpu():
+        return False
+    onednn: bool = kernels.ops._supports_onednn
+    rows, columns = weight.shape
+    return onednn and not kernels.check_cpu_sgl_kernel(rows, columns, weight.dtype)
+
+
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def _methods(model: torch.nn.Module) -> list[torch.nn.Module]:

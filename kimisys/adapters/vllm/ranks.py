@@ -9,11 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kimisys.broadcast.agreement import PeerFailedError
 from kimisys.errors import SnapshotError
-
-
-class PeerFailedError(SnapshotError):
-    """Another rank of the same engine failed; its own error says why."""
 
 
 class PeerTimeoutError(SnapshotError):

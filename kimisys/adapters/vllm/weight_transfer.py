@@ -13,7 +13,7 @@ model's forward; a CUDA graph of the whole model would be replayed past it. Weig
 loaded from a checkpoint are served until the first update, as version None. With a stock vLLM each
 rank commits for itself: one that breaks refuses, the others do not know. A worker cannot reach the
 scheduler: who updates a stock engine resets its prefix cache, and gives `finish_weight_update` the
-version that completions report (docs/broadcast.md shows both).
+version that completions report (docs/vllm.md shows both).
 """
 
 from __future__ import annotations

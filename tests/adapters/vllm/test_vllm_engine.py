@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_checkpoints import memory_buffers, memory_layout, random_model, reference, weights
 from transformers import PreTrainedModel
 from vllm_engine_process import EngineProcess
@@ -32,15 +33,25 @@ class Trainer:
     version: int = 0
     model: PreTrainedModel = field(init=False)
 
-    def publish(self) -> int:
+    def publish(self, full: bool = False) -> int:
         """New random weights, under the next version."""
         self.version += 1
         self.model = random_model(self.folder, seed=self.version)
+        self.publisher.publish(self.version, memory_buffers(weights(self.model)), full=full)
+        return self.version
+
+    def nudge(self, density: float) -> int:
+        """This part of the elements of every weight changed, under the next version."""
+        self.version += 1
+        generator = torch.Generator().manual_seed(self.version)
+        for tensor in weights(self.model).values():
+            chosen = torch.rand(tensor.shape, generator=generator) < density
+            tensor[chosen] += torch.randn(int(chosen.sum()), generator=generator) * 0.2
         self.publisher.publish(self.version, memory_buffers(weights(self.model)))
         return self.version
 
-    def sync(self) -> dict[str, Any]:
-        report: dict[str, Any] = self.engine.call("update", self.publish())
+    def sync(self, full: bool = False) -> dict[str, Any]:
+        report: dict[str, Any] = self.engine.call("update", self.publish(full))
         return report
 
     def generate(self, prompts: list[list[int]], **options: Any) -> list[list[dict[str, Any]]]:
@@ -87,17 +98,33 @@ def test_the_engine_computes_what_transformers_computes(trainer: Trainer) -> Non
         assert report["nbytes"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_changes_alone_give_what_a_full_pull_gives(trainer: Trainer) -> None:
+    """To the bit: the second version has the weights of the first, and brings all of them."""
+    trainer.sync()
+    for density in (0.01, 0.0, 0.2):
+        served = trainer.version
+        report = trainer.engine.call("update", trainer.nudge(density))
+        assert report["base"] == served
+        assert (report["changed"] > 0) == (density > 0)
+        assert report["wire_nbytes"] < report["full_nbytes"] / (2 if density > 0.1 else 4)
+        near = trainer.engine.probe(PROMPT)
+        np.testing.assert_allclose(near, reference(trainer.model, PROMPT), atol=1e-4, rtol=0)
+    report = trainer.engine.call("update", trainer.nudge(0.0), full=True)
+    assert report["base"] is None and report["wire_nbytes"] >= report["full_nbytes"]
+    assert np.array_equal(trainer.engine.probe(PROMPT), near)
+
+
 def test_a_flipped_byte_is_refused_and_the_old_version_served(trainer: Trainer) -> None:
     before = trainer.engine.probe(PROMPT)
     served = trainer.version
-    flipped = trainer.publish()
+    flipped = trainer.publish(full=True)
     trainer.publisher.memory[1234] ^= 1
     with pytest.raises(DigestError, match=r"model\.embed_tokens\.weight"):
         trainer.engine.call("update", flipped)
     assert np.array_equal(trainer.engine.probe(PROMPT, served), before)
     with pytest.raises(VersionError):
         trainer.engine.probe(PROMPT, flipped)
-    trainer.sync()
+    trainer.sync(full=True)  # changes to what was flipped would be changes to something else
     np.testing.assert_allclose(
         trainer.engine.probe(PROMPT), reference(trainer.model, PROMPT), atol=1e-4, rtol=0
     )
@@ -212,11 +239,13 @@ def test_two_ranks_follow_together_or_not_at_all(folders: dict[str, Path], tmp_p
             engine.call("connect", [str(publisher.address)])
             tensors = weights(random_model(folders["qwen2-untied"], seed=0))
             for _ in range(2):
-                assert trainer.sync()["digests"] == len(tensors)
+                assert trainer.sync(full=True)["base"] is None
+                report = engine.call("update", trainer.nudge(0.01))
+                assert (report["base"], report["digests"]) == (trainer.version - 1, len(tensors))
                 before = engine.probe(PROMPT, trainer.version)
                 expected = reference(trainer.model, PROMPT)
                 np.testing.assert_allclose(before, expected, atol=1e-4, rtol=0)
-                flipped = trainer.publish()
+                flipped = trainer.publish(full=True)
                 publisher.memory[-1] ^= 1
                 with pytest.raises(DigestError):
                     engine.call("update", flipped)

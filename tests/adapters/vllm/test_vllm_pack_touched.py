@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_vllm_pack import loaded, outputs, packer_of, process, unprocessed
+from test_vllm_pack import Dtype, loaded, outputs, packer_of, process, unprocessed
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -19,15 +19,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from kimisys.adapters.vllm.layout import RankModel
 
-CASES = [
-    ("tied", ""),
-    ("untied", "tp=2"),
-    ("qwen2-untied", ""),
-    ("mixtral", ""),
-    ("qwen3_moe", "tp=2"),
-    ("deepseek_v3", ""),
-    ("glm4_moe", "tp=2,ep=on"),
-    ("qwen2_5_vl", ""),
+CASES: list[tuple[str, str, Dtype]] = [
+    ("tied", "", "float32"),
+    ("tied", "", "bfloat16"),
+    ("untied", "tp=2", "float32"),
+    ("qwen2-untied", "", "bfloat16"),
+    ("mixtral", "", "float32"),
+    ("qwen3_moe", "tp=2", "bfloat16"),
+    ("deepseek_v3", "", "float32"),
+    ("glm4_moe", "tp=2,ep=on", "float32"),
+    ("qwen2_5_vl", "", "bfloat16"),
 ]
 METHODS: list[Any] = [
     UnquantizedLinearMethod,
@@ -43,13 +44,16 @@ def weights_of(model: RankModel) -> dict[str, torch.Tensor]:
 class World:
     """A running model that is updated in part, again and again, and what it should have become."""
 
-    def __init__(self, folder: Path, parallel: str) -> None:
-        self.folder, self.parallel = folder, parallel
-        self.running = loaded(folder, 0, parallel)
+    def __init__(self, folder: Path, parallel: str, dtype: Dtype) -> None:
+        self.folder, self.parallel, self.dtype = folder, parallel, dtype
+        self.running = loaded(folder, 0, parallel, dtype=dtype)
         self.packer = packer_of(self.running)
-        self.weights = weights_of(unprocessed(folder, 0, parallel))
-        self.others = [weights_of(unprocessed(folder, seed, parallel)) for seed in (1, 2)]
+        self.weights = weights_of(self.unprocessed(0))
+        self.others = [weights_of(self.unprocessed(seed)) for seed in (1, 2)]
         self.replayed: list[str] = []
+
+    def unprocessed(self, seed: int) -> RankModel:
+        return unprocessed(self.folder, seed, self.parallel, dtype=self.dtype)
 
     def replay(self, places: Mapping[str, torch.Tensor]) -> bool:
         """As a delta does it: what it writes into holds the version before."""
@@ -65,7 +69,7 @@ class World:
         self.packer.pack(self.weights, touched, self.replay if replay else None)
 
     def expected(self) -> torch.nn.Module:
-        model = unprocessed(self.folder, 0, self.parallel)
+        model = self.unprocessed(0)
         with torch.no_grad():
             for name, parameter in model.module.named_parameters():
                 parameter.copy_(self.weights[name])
@@ -79,11 +83,11 @@ class World:
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize(("model", "parallel"), CASES)
+@pytest.mark.parametrize(("model", "parallel", "dtype"), CASES)
 def test_any_parameters_touched_give_what_a_fresh_load_gives(
-    folders: dict[str, Path], model: str, parallel: str
+    folders: dict[str, Path], model: str, parallel: str, dtype: Dtype
 ) -> None:
-    world = World(folders[model], parallel)
+    world = World(folders[model], parallel, dtype)
     names = sorted(world.packer.shapes)
     one_update = st.tuples(st.sets(st.sampled_from(names)), st.integers(0, 1), st.booleans())
 

@@ -14,14 +14,10 @@ import torch.distributed as dist
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from kimisys.adapters.vllm import plugin
-from kimisys.adapters.vllm.ranks import (
-    PeerFailedError,
-    PeerTimeoutError,
-    check_together,
-    sum_over_ranks,
-)
+from kimisys.adapters.vllm.ranks import PeerTimeoutError, check_together, sum_over_ranks
 from kimisys.adapters.vllm.weight_transfer import Behind, KimisysWeightTransferEngine
 from kimisys.broadcast import Pulled
+from kimisys.broadcast.agreement import PeerFailedError
 
 
 def test_registering_twice_is_registering_once() -> None:
@@ -98,7 +94,7 @@ def test_a_rank_that_refuses_says_so_though_nobody_listens() -> None:
 
 def pulled(version: int, base: int | None, *touched: str) -> Pulled:
     names = frozenset((0, name) for name in touched)
-    return Pulled(version, base, 0, 0, 0, 0, 0, False, {}, 0.0, names)
+    return Pulled(version, base, 0, 0, 0, 0, 0, False, {}, 0.0, names, None)
 
 
 def test_what_a_model_is_behind_of_its_shadow() -> None:
