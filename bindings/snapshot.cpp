@@ -155,10 +155,9 @@ void bind_reading(SnapshotClass& type) {
       .def("mapped", &mapped,
            "All parts.nbytes bytes of the memory, uint8, read-only. Keeps the memory alive.")
       .def("read", &read, py::arg("ranges"), py::arg("into"),
-           "Copies ranges int64[n, 3] (offset in the memory, offset in into, bytes) into a "
-           "writable\n"
-           "buffer, as atomic 8-byte words. Releases the GIL. Later reads are not ordered before\n"
-           "it. SnapshotError, before anything is copied, for a range outside of either side.")
+           "Copies ranges int64[n, 3] (offset in the memory, offset in into, bytes) into a\n"
+           "writable buffer, as atomic 8-byte words, in their order. Releases the GIL.\n"
+           "SnapshotError, before anything is copied, for a range outside of either side.")
       .def("published", &Snapshot::published,
            "The version that may be read now. Raises SnapshotError while it is being written or\n"
            "after its writer failed, VersionError when nothing was published.")

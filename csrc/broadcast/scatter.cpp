@@ -140,7 +140,7 @@ Staged Scatter::stage(std::int64_t rank, const Record& record,
     const std::uint32_t block = targets.needed()[place];
     const Descriptor descriptor = Descriptor::of(record.descriptors[block]);
     check_descriptor(descriptor, targets.block(place).region.elements(),
-                     targets.itemsize_of(place));
+                     itemsize(targets.tensor(place).dtype));
     if (descriptor.kind == Kind::kSame) continue;
     if (descriptor.nbytes == 0) {
       staged.references_.push_back(block);

@@ -25,15 +25,6 @@
 
 namespace kimisys::broadcast {
 
-// Consecutive bytes.
-struct Range {
-  std::int64_t offset = 0;
-  std::int64_t nbytes = 0;
-
-  std::int64_t end() const { return offset + nbytes; }
-  bool operator==(const Range&) const = default;
-};
-
 // Blocks whose bytes lie in [begin, end) of a rank's snapshot data, and which of these bytes the
 // engine rank needs: ascending, apart, within the window.
 struct Window {

@@ -7,6 +7,7 @@
 
 #include "broadcast/digest_kernels.h"
 #include "broadcast/mix.h"
+#include "broadcast/scatter_stream.h"
 #include "reshard/stream.h"
 
 namespace kimisys::broadcast {
@@ -50,6 +51,7 @@ struct Loops {
   RunSum sum;
   Gather gather;
   Spread spread;
+  Stream stream;  // null where this instruction set has none: the run then goes piece by piece
 };
 
 // The start of a run, and the run piece by piece.
@@ -57,6 +59,12 @@ std::uint64_t run(const Box& box, const BoxWork& work, const Loops& loops, const
                   std::byte* destination, std::uint64_t counter) {
   const Box::Axis& axis = box.axes[box.dims - 1];
   const std::int64_t most = static_cast<std::int64_t>(kPiece) / box.itemsize;
+  const bool dense = axis.source_stride == box.itemsize && axis.byte_stride == box.itemsize;
+  if (loops.stream != nullptr && dense && work.write && work.add_new && !work.subtract_old &&
+      axis.extent * box.itemsize >= static_cast<std::int64_t>(kStream) &&
+      reinterpret_cast<std::uintptr_t>(destination) % static_cast<std::size_t>(box.itemsize) == 0) {
+    return loops.stream(destination, source, axis.extent, counter, axis.counter_step);
+  }
   alignas(64) Piece piece;
   std::uint64_t sum = 0;
   for (std::int64_t at = 0; at < axis.extent; at += most) {
@@ -178,7 +186,8 @@ std::uint64_t run_box(const Box& box, BoxWork work, std::string_view implementat
   }
   const auto width =
       static_cast<std::size_t>(std::countr_zero(static_cast<std::uint64_t>(box.itemsize)));
-  const Loops loops{digest_kernel(implementation).by_width[width], kGather[width], kSpread[width]};
+  const Loops loops{digest_kernel(implementation).by_width[width], kGather[width], kSpread[width],
+                    stream_of(implementation, width)};
   return odometer(box, box.dims - 1, [&](const std::byte* source, std::byte* to, std::uint64_t at) {
     return run(box, work, loops, source, to, at);
   });

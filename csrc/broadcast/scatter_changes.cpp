@@ -25,10 +25,8 @@ struct Task {
   std::size_t first = 0;
 
   const Block& block() const { return targets->block(change->place); }
-  const Tensor& tensor() const {
-    return targets->layout().tensors()[targets->layout().tensor_of(block().fragment)];
-  }
-  std::int64_t itemsize() const { return targets->itemsize_of(change->place); }
+  const Tensor& tensor() const { return targets->tensor(change->place); }
+  std::int64_t itemsize() const { return kimisys::itemsize(tensor().dtype); }
   std::span<const Target> list() const { return targets->of(change->place); }
 };
 

@@ -1,6 +1,7 @@
 #include "broadcast/scatter_targets.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <optional>
 #include <utility>
@@ -167,8 +168,36 @@ std::size_t Targets::find(std::uint32_t block) const {
   return static_cast<std::size_t>(found - needed_.begin());
 }
 
-std::int64_t Targets::itemsize_of(std::size_t place) const {
-  return itemsize(layout_.tensors()[layout_.tensor_of(block(place).fragment)].dtype);
+std::vector<std::size_t> Targets::places(std::span<const std::uint32_t> blocks) const {
+  std::vector<std::size_t> places;
+  places.reserve(blocks.size());
+  for (const std::uint32_t block : blocks) {
+    places.push_back(find(block));
+    KIMISYS_CHECK(places.back() < needed_.size(), ErrorCode::kLayout, "block ", block,
+                  " of trainer rank ", rank_, " is not needed here; ask for those of blocks()");
+  }
+  std::vector<std::size_t> sorted = places;
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  KIMISYS_CHECK(twice == sorted.end(), ErrorCode::kLayout, "block ", needed_[*twice],
+                " of trainer rank ", rank_, " is given twice; give each once");
+  return places;
+}
+
+Range Targets::span(std::size_t place) const {
+  const Fragment& from = fragment(place);
+  std::int64_t begin = std::numeric_limits<std::int64_t>::max();
+  std::int64_t end = 0;
+  for (const Target& target : of(place)) {
+    const std::int64_t first = reshard::byte_offset_at(from, target.box.offset);
+    std::int64_t last = first;
+    for (std::size_t d = 0; d < target.box.extent.size(); ++d) {
+      last += (target.box.extent[d] - 1) * from.byte_strides[d];
+    }
+    begin = std::min(begin, first);
+    end = std::max(end, last + itemsize(tensor(place).dtype));
+  }
+  return {begin, end - begin};
 }
 
 }  // namespace kimisys::broadcast

@@ -14,6 +14,15 @@
 
 namespace kimisys::broadcast {
 
+// Consecutive bytes.
+struct Range {
+  std::int64_t offset = 0;
+  std::int64_t nbytes = 0;
+
+  std::int64_t end() const { return offset + nbytes; }
+  bool operator==(const Range&) const = default;
+};
+
 // One sum of mixed elements: of a tensor, in these rounds (ascending; none: it is not asked for).
 // Elements that count in the same rounds share a sum, so each is mixed once.
 struct Sum {
@@ -68,7 +77,18 @@ class Targets {
   std::size_t size() const { return targets_.size(); }
 
   const Block& block(std::size_t place) const { return blocks_.blocks()[needed_[place]]; }
-  std::int64_t itemsize_of(std::size_t place) const;
+  const reshard::Fragment& fragment(std::size_t place) const {
+    return layout_.fragments()[block(place).fragment];
+  }
+  const reshard::Tensor& tensor(std::size_t place) const {
+    return layout_.tensors()[layout_.tensor_of(block(place).fragment)];
+  }
+
+  // find() of each. Raises LayoutError for a block that is not needed or given twice.
+  std::vector<std::size_t> places(std::span<const std::uint32_t> blocks) const;
+
+  // From the first to the last byte of the rank's snapshot data that the targets of a block read.
+  Range span(std::size_t place) const;
 
  private:
   std::int64_t rank_;

@@ -54,8 +54,9 @@ class Snapshot {
   std::span<std::byte> data() const;          // read-only pages unless writable()
   std::size_t digest_count() const { return parts_.digest_count; }
 
-  // Copies ranges of the memory, as atomic words, in their order; what was read before is not
-  // ordered after this. Raises SnapshotError for a range that is not inside both memories.
+  // Copies ranges of the memory, as atomic words, in their order: after every earlier read of this
+  // thread, before every later one. Raises SnapshotError for a range that is not inside both
+  // memories.
   struct Range {
     std::int64_t offset;  // in the memory
     std::int64_t into;

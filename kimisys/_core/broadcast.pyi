@@ -1,10 +1,10 @@
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
-from kimisys._core.reshard import Layout, _Memory
+from kimisys._core.reshard import Layout, Plan, Region, _Memory
 
 @final
 class Published:
@@ -147,6 +147,60 @@ HEADER_NBYTES: int
 RECORD_HEADER_NBYTES: int
 WORDS_OFFSET: int
 
+@final
+class Blocks:
+    def __init__(self, layout: Layout) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def fragments(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def regions(self) -> tuple[Region, ...]: ...
+    @property
+    def chunk_begins(self) -> npt.NDArray[np.uint64]: ...
+
+@final
+class Changes:
+    @property
+    def descriptors(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def payloads(self) -> list[bytes]: ...
+    @property
+    def increments(self) -> npt.NDArray[np.uint64]: ...
+    @property
+    def changed(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+@final
+class Diff:
+    def __init__(self, live: Layout, snapshot: Layout, counted: Layout | None = None) -> None: ...
+    def copy(
+        self,
+        live: Mapping[tuple[int, str], _Memory],
+        snapshot: _Memory,
+        threads: int = 0,
+        implementation: str | None = None,
+    ) -> npt.NDArray[np.uint64]: ...
+    def compare(
+        self,
+        live: Mapping[tuple[int, str], _Memory],
+        snapshot: _Memory,
+        threads: int = 0,
+        implementation: str | None = None,
+    ) -> Changes: ...
+
+def diff(
+    live_layout: Layout,
+    snapshot_layout: Layout,
+    live_buffers: Mapping[tuple[int, str], _Memory],
+    snapshot_buffer: _Memory,
+    threads: int = 0,
+    implementation: str | None = None,
+) -> tuple[npt.NDArray[np.uint32], list[bytes], int]: ...
+def diff_implementations() -> list[str]: ...
+def decode_block(
+    descriptor: int, payload: bytes, elements: int, itemsize: int
+) -> tuple[npt.NDArray[np.uint32], bytes]: ...
 def digest(
     layout: Layout,
     buffers: Mapping[tuple[int, str], _Memory],
@@ -154,3 +208,61 @@ def digest(
     implementation: str | None = None,
 ) -> npt.NDArray[np.uint64]: ...
 def implementations() -> list[str]: ...
+
+@final
+class Staged:
+    @property
+    def rank(self) -> int: ...
+    @property
+    def references(self) -> npt.NDArray[np.uint32]: ...
+
+@final
+class Window:
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def blocks(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def ranges(self) -> npt.NDArray[np.int64]: ...
+
+@final
+class Scatter:
+    def __init__(
+        self, plan: Plan, rounds: Sequence[Layout], implementation: str | None = None
+    ) -> None: ...
+    @property
+    def ranks(self) -> list[int]: ...
+    def blocks(self, rank: int) -> npt.NDArray[np.uint32]: ...
+    def payload(self, rank: int, record: Record) -> npt.NDArray[np.int64]: ...
+    def stage(self, rank: int, record: Record, payload: _Memory) -> Staged: ...
+    def windows(
+        self, rank: int, blocks: npt.NDArray[np.uint32] | None, limit: int
+    ) -> list[Window]: ...
+    def touched(self, staged: Sequence[Staged]) -> set[tuple[int, str]]: ...
+    def measure(
+        self,
+        staged: Sequence[Staged],
+        destinations: Mapping[tuple[int, str], _Memory],
+        threads: int = 0,
+    ) -> npt.NDArray[np.uint64]: ...
+    def apply(
+        self,
+        staged: Sequence[Staged],
+        destinations: Mapping[tuple[int, str], _Memory],
+        threads: int = 0,
+    ) -> int: ...
+    def land(
+        self,
+        rank: int,
+        blocks: npt.NDArray[np.uint32],
+        image: _Memory,
+        begin: int,
+        destinations: Mapping[tuple[int, str], _Memory],
+        subtract: bool = False,
+        threads: int = 0,
+    ) -> npt.NDArray[np.uint64]: ...
+    def fill_padding(self, destinations: Mapping[tuple[int, str], _Memory]) -> None: ...
+
+def scatter_implementations() -> list[str]: ...

@@ -99,7 +99,10 @@ class Ranks:
                 raise
             failure.add_note(str(late))  # this rank's own error tells more
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # it holds this frame: memory that it reaches would stay
         failed = [r for r, said in zip(self._ranks, rows[:, 0], strict=True) if said == 2]
         if failed:
             raise PeerFailedError(

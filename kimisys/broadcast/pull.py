@@ -211,10 +211,11 @@ class Pull:
                 continue
             remote = self.sources[each.rank].remote
             state = remote.state(self.deadline)
-            if state.version == version and not state.writing:
+            there = state.version == version and not state.writing
+            if there:
                 with self.tally.phase("land"):
                     sums.append(self._land(each.rank, each.references, subtract))
-            if state.version != version or remote.state(self.deadline).sequence != state.sequence:
+            if not there or remote.state(self.deadline).sequence != state.sequence:
                 raise OvertakenError(f"{remote.who}: blocks of version {version} are overwritten")
         return total(sums)
 

@@ -246,21 +246,13 @@ class Remote:
         the transport too: the record's digest increments tell."""
         packed = np.empty(int((payload[:, 1] - payload[:, 0]).sum()), np.uint8)
         with self._named():
-            self.memory.read(self.stage_ranges(entry, payload), memoryview(packed), deadline)
+            self.memory.read(self.stage_ranges(entry, payload), packed.data, deadline)
         return packed if self.intact(entry.position, deadline) else None
 
     def intact(self, position: int, deadline: Deadline) -> bool:
         """Has no byte from this position of the log on been given up so far?"""
         with self._named():
             return self._words(WORDS_OFFSET + 24, 1, deadline)[0] <= position
-
-    def confirm_log(self, position: int, deadline: Deadline) -> None:
-        """Raises SnapshotError if what was read from this position on may be overwritten."""
-        if not self.intact(position, deadline):
-            raise SnapshotError(
-                f"{self.who}: a record was overwritten while it was read; it has fallen off the "
-                "log: pull in full, or give the publisher a larger log"
-            )
 
     def confirm_data(self, sequence: int, deadline: Deadline) -> None:
         """Raises SnapshotError unless no publish began since the state with this sequence."""
@@ -305,7 +297,7 @@ class Remote:
         start = np.array([position % self.parts.log_nbytes], np.int64)
         size = np.array([nbytes], np.int64)
         raw = np.empty(nbytes, np.uint8)
-        self.memory.read(self._ring(start, 0 * size, size), memoryview(raw), deadline)
+        self.memory.read(self._ring(start, 0 * size, size), raw.data, deadline)
         return raw.tobytes()
 
     def _ring(

@@ -59,7 +59,7 @@ class SharedMemory:
         self._mapping.read(ranges, into)
 
     def mapped(self) -> memoryview:
-        return memoryview(self._mapping.mapped())
+        return self._mapping.mapped().data
 
     def close(self) -> None:
         self._snapshot = None

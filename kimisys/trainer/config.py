@@ -187,6 +187,9 @@ class TrainConfig(RunConfig):
     """vLLM engines; the prompts of a step are dealt out to them."""
     engine_tensor_parallel: int = 1
     """Ranks of each engine."""
+    control_engine: bool = False
+    """A check of deltas: one engine more, which samples nothing and takes every version whole. The
+    others must compute the same bits and complete greedily with the same tokens, at every step."""
 
     prompts: int = 64
     """Problems in one RL step."""

@@ -87,6 +87,21 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print(table, soft_wrap=True)
 
 
+def _add_deltas(table: Table, summary: Summary) -> None:
+    if summary.delta_bytes_total is None or summary.full_bytes_total is None:
+        return
+    received = (
+        f"{summary.delta_bytes_total / 1e6:.1f} MB received, "
+        f"{summary.full_bytes_total / 1e6:.1f} MB if all had come whole"
+    )
+    if summary.delta_density_median is not None:
+        received += f"; {summary.delta_density_median:.2%} of the weights change, in the median"
+    table.add_row("of these by deltas", received)
+    if summary.control_compared is not None:
+        agreed = f"computed the same bits in each of {summary.control_compared} versions"
+        table.add_row("the control engine", agreed)
+
+
 def _add_reinforcement(table: Table, summary: Summary) -> None:
     for name, before, after, form in (
         (
@@ -109,9 +124,9 @@ def _add_reinforcement(table: Table, summary: Summary) -> None:
     table.add_row(
         "weight syncs",
         f"{summary.syncs}, median {summary.sync_seconds_median * 1e3:.0f} ms, "
-        f"{summary.sync_bytes_total / 1e6:.1f} MB in all, "
         f"{summary.digest_checks} digests compared, {summary.digest_mismatches} versions refused",
     )
+    _add_deltas(table, summary)
     table.add_row(
         "trainer against engine",
         f"mean log-probability gap of a step at most {summary.logprob_gap_max:.1e} per token "

@@ -23,13 +23,13 @@ class EngineActor(Actor):
         """Start vLLM; no weights are read."""
         self._engine = await Engine.start(self._config)
 
-    async def connect(self, addresses: Sequence[str]) -> None:
+    async def connect(self, addresses: Sequence[str], verify_every: int) -> None:
         """Plan the pull from the publishers at `addresses`."""
-        await self._started().connect(addresses)
+        await self._started().connect(addresses, verify_every=verify_every)
 
-    async def update(self, version: int) -> dict[str, Any]:
+    async def update(self, version: int, full: bool) -> dict[str, Any]:
         """Pull, verify, pack and serve `version`; returns what Engine.update reports."""
-        return await self._started().update(version)
+        return await self._started().update(version, full=full)
 
     async def generate(
         self,

@@ -21,11 +21,14 @@ _SEED_STRIDE = 7_919  # between the seeds of two engines
 
 @dataclass(frozen=True)
 class Sync:
-    """One version that all engines serve. nbytes, digests: pulled and compared, by all together."""
+    """One version that all engines serve; sums over all of them. nbytes: of the elements written.
+    digests: compared. wire_nbytes: received. full_nbytes: of full pulls of the same version."""
 
     version: int
     nbytes: int
     digests: int
+    wire_nbytes: int
+    full_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Engines:
     """`count` engines of `tensor_parallel` ranks each, actors among `actors`.
 
     model: folder with a config.json; its weights are not read. max_length: tokens of a prompt and
-    its completion together. name: of the actors, before their number.
+    its completion together. threads: of each engine; 0 shares the processors among them. name: of
+    the actors, before their number.
     """
 
     def __init__(
@@ -58,20 +62,25 @@ class Engines:
         seed: int = 0,
         timeout_seconds: float = 600.0,
         name: str = "engine",
+        threads: int = 0,
     ) -> None:
         self._actors = actors
         self._names = [f"{name} {i}" for i in range(count)]
         self._starting: dict[str, Any] = {}
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
         self._config = EngineConfig(
             model,
             dtype=dtype,
             tensor_parallel=tensor_parallel,
             max_length=max_length,
-            threads=threads,
+            threads=threads or threads_for(count),
             seed=seed,
             timeout_seconds=timeout_seconds,
         )
+
+    @property
+    def count(self) -> int:
+        """How many engines."""
+        return len(self._names)
 
     def start(self) -> None:
         """Begin to start them; `connect` waits for it."""
@@ -80,19 +89,23 @@ class Engines:
             self._actors.spawn(name, EngineActor, variables, self._config)
             self._starting[name] = self._actors.begin(name, "start")
 
-    def connect(self, addresses: Sequence[Path]) -> None:
-        """Let each engine, once started, plan its pull from the publishers at `addresses`."""
-        self._actors.wait(self._starting)
-        self._all("connect", [str(address) for address in addresses])
+    def connect(self, addresses: Sequence[Path], verify_every: int = 16) -> None:
+        """Let each engine, once started, plan its pull from the publishers at `addresses`.
 
-    def update(self, version: int) -> Sync:
-        """Let every engine pull, verify and commit the published `version`.
+        verify_every: after so many updates by deltas everything that has landed is digested.
+        """
+        self._actors.wait(self._starting)
+        self._all("connect", [str(address) for address in addresses], verify_every)
+
+    def update(self, version: int, full: bool = False) -> Sync:
+        """Let every engine pull, verify and commit the published `version`, by deltas where it can
+        unless `full`.
 
         Raises DigestError when one of them refuses what it got: others may serve it already.
         """
-        reports = self._all("update", version)
-        nbytes, digests = (sum(r[key] for r in reports) for key in ("nbytes", "digests"))
-        return Sync(version, nbytes, digests)
+        reports = self._all("update", version, full)
+        keys = ("nbytes", "digests", "wire_nbytes", "full_nbytes")
+        return Sync(version, *(sum(report[key] for report in reports) for key in keys))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], how: Sampling, version: int
@@ -126,3 +139,8 @@ class Engines:
         shared = [share(argument) for argument in args]
         calls = {name: self._actors.begin(name, method, *shared) for name in self._names}
         return list(self._actors.wait(calls).values())
+
+
+def threads_for(engines: int) -> int:
+    """Threads of each when so many engines share the processors."""
+    return max(1, len(os.sched_getaffinity(0)) // engines)

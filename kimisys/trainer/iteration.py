@@ -12,6 +12,7 @@ from kimisys.errors import DigestError
 from kimisys.rl.length_reward import LengthRewardSchedule, length_rewards
 from kimisys.rl.prompt_sampling import UNSEEN_SUCCESS_RATE, SuccessRates, curriculum_pool, draw
 from kimisys.trainer.config import TrainConfig
+from kimisys.trainer.control import Control
 from kimisys.trainer.display import Display
 from kimisys.trainer.engines import Engines
 from kimisys.trainer.megatron_rank import Improved, Improvement
@@ -49,11 +50,13 @@ class Iterations:
         engines: Engines,
         progress: Progress,
         display: Display,
+        control: Control | None = None,
     ) -> None:
         self._config, self._task, self._tokenizer = config, task, model.tokenizer
-        self._ranks, self._engines = ranks, engines
+        self._ranks, self._engines, self._control = ranks, engines, control
         self._progress, self._watch, self._display = progress, progress.watch, display
         self._served = 0
+        self._density: float | None = None  # of the last version
         first = self._tokenizer.encode_prompt(task.held_out[0].prompt)
         # the end-of-sequence token makes sure of the two tokens that a probe needs
         self._probe = [*first[: PROBE_TOKENS - 1], self._tokenizer.eos_id]
@@ -78,22 +81,24 @@ class Iterations:
         """
         start, progress = time.perf_counter(), self._progress
         if self._config.freeze_engine and self._served:
-            progress.version += 1
-            self._ranks.publish(progress.version)
+            self._publish()
         else:
             self._publish_and_update()
             self._served = progress.version
         self._watch.sync_seconds.append(time.perf_counter() - start)
+        if self._control is not None and self._served == progress.version:
+            self._control.follow(self._served)
+            self._watch.compared += 1
         trainer = self._ranks.one("probe", self._probe)
         gap = max(probe_gap(trainer, e) for e in self._engines.probe(self._probe, self._served))
         self._watch.note_probe(progress.version, gap, self._served == progress.version)
         return gap
 
     def _publish_and_update(self) -> None:
-        """A new version, served. One that arrives damaged is refused and published once more."""
+        """A new version, served. One that arrives damaged is refused, and published once more: in
+        full, as the damage may lie in what a delta would build on."""
         for attempt in range(1, PUBLICATIONS + 1):
-            self._progress.version += 1
-            self._ranks.publish(self._progress.version)
+            self._publish(full=attempt > 1)
             try:
                 self._watch.note_sync(self._engines.update(self._progress.version))
                 return
@@ -102,6 +107,13 @@ class Iterations:
                 if attempt == PUBLICATIONS:
                     raise
                 self._display.note(f"version {self._progress.version} is refused: {error}")
+
+    def _publish(self, full: bool = False) -> None:
+        """The live weights as the next version."""
+        self._progress.version += 1
+        self._density = self._ranks.publish(self._progress.version, full).density
+        if self._density is not None:
+            self._watch.density.append(self._density)
 
     def step(self, step: int) -> StepMetrics:
         """Do step `step`, counted from 1; afterwards the engines serve what it made."""
@@ -122,7 +134,8 @@ class Iterations:
         rewards = rollouts.outcomes + extra
         improved = self._improve(step, rollouts, rewards, log_probs)
         train_seconds = time.perf_counter() - trained
-        nbytes = self._watch.nbytes
+        watch = self._watch
+        nbytes, wire, full = watch.nbytes, watch.wire_nbytes, watch.full_nbytes
         gap_of_probe = self.sync()
         return StepMetrics(
             step=step,
@@ -142,8 +155,11 @@ class Iterations:
             divergence=improved.divergence,
             logprob_gap=gap,
             probe_gap=gap_of_probe,
-            sync_bytes=self._watch.nbytes - nbytes,
-            sync_seconds=self._watch.sync_seconds[-1],
+            sync_bytes=watch.nbytes - nbytes,
+            delta_density=self._density,
+            delta_bytes=watch.wire_nbytes - wire,
+            full_bytes=watch.full_nbytes - full,
+            sync_seconds=watch.sync_seconds[-1],
             rollout_seconds=rollouts.seconds,
             score_seconds=trained - scored,
             train_seconds=train_seconds,

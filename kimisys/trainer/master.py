@@ -12,8 +12,9 @@ from typing import Any
 from kimisys.adapters.ray import Actors
 from kimisys.trainer.checkpoint import Checkpoints
 from kimisys.trainer.config import LOGPROB_GAP_BOUNDS, ConfigError, RunConfig, TrainConfig
+from kimisys.trainer.control import Control
 from kimisys.trainer.display import Display
-from kimisys.trainer.engines import Engines
+from kimisys.trainer.engines import Engines, threads_for
 from kimisys.trainer.evaluation import evaluate, sample_records
 from kimisys.trainer.iteration import Iterations
 from kimisys.trainer.machine import machine_record
@@ -125,29 +126,43 @@ class Master:
                 ranks.open_publishers()
             else:
                 display.phase("starting Megatron and vLLM")
-                engines = self._engines(actors, config)
-                engines.start()  # they come up while the ranks warm up
+                engines = self._engines(actors, config, config.engines)
+                control = self._control(actors, config, engines)
                 self._start_ranks(ranks, resumed)
                 self._warm_up(ranks)
                 display.phase("connecting the engines")
                 ranks.open_publishers()
-                engines.connect(ranks.addresses)
-                self._reinforce(config, ranks, engines)
+                (control or engines).connect(ranks.addresses)
+                self._reinforce(config, ranks, engines, control)
             display.phase("saving the weights")
             self._save_model(ranks)
             display.phase("ending the processes")
 
-    def _engines(self, actors: Actors, config: TrainConfig) -> Engines:
-        return Engines(
+    def _engines(
+        self, actors: Actors, config: TrainConfig, count: int, name: str = "engine"
+    ) -> Engines:
+        """`count` engines, begun: they come up while the ranks warm up."""
+        made = Engines(
             actors,
             self._model.folder,
             config.wire_dtype,
             self._longest(config),
-            config.engines,
+            count,
             config.engine_tensor_parallel,
             config.seed,
             config.ready_timeout,
+            name,
+            # alike in all of them: how a sum is split over threads shows in its bits
+            threads_for(config.engines + config.control_engine),
         )
+        made.start()
+        return made
+
+    def _control(self, actors: Actors, config: TrainConfig, engines: Engines) -> Control | None:
+        if not config.control_engine:
+            return None
+        whole = self._engines(actors, config, 1, "control engine")
+        return Control(engines, whole, self._model.tokenizer, self._task)
 
     def _longest(self, config: TrainConfig) -> int:
         """Tokens of the longest prompt and completion that will be sampled, or of the probe."""
@@ -188,9 +203,12 @@ class Master:
                 if progress.step % SFT_CHECKPOINT == 0 or progress.step == sft.steps:
                     self._checkpoint(ranks)
 
-    def _reinforce(self, config: TrainConfig, ranks: Ranks, engines: Engines) -> None:
+    def _reinforce(
+        self, config: TrainConfig, ranks: Ranks, engines: Engines, control: Control | None
+    ) -> None:
         progress, display = self._progress, self._display
-        iterations = Iterations(config, self._task, self._model, ranks, engines, progress, display)
+        sides = (ranks, engines, progress, display, control)
+        iterations = Iterations(config, self._task, self._model, *sides)
         iterations.sync()
         if progress.before is None:
             progress.before = self._evaluate(config, engines, iterations.served, "before")
@@ -272,6 +290,10 @@ class Master:
             if seconds
             else 0.0,
             seed=self._config.seed,
+            delta_density_median=statistics.median(watch.density) if watch.density else None,
+            delta_bytes_total=watch.wire_nbytes,
+            full_bytes_total=watch.full_nbytes,
+            control_compared=watch.compared or None,
         )
 
 

@@ -16,7 +16,7 @@ from kimisys.adapters.megatron.layout import model_buffers, model_layout
 from kimisys.adapters.megatron.model import build_model
 from kimisys.adapters.megatron.policy import LossShare, Policy
 from kimisys.adapters.ray import Actor
-from kimisys.broadcast import Publisher, snapshot_layout
+from kimisys.broadcast import Publication, Publisher, snapshot_layout
 from kimisys.reshard import Layout, plan
 from kimisys.reshard.safetensors import open_checkpoint, open_for_writing
 from kimisys.rl.policy_loss import group_advantages, policy_loss, sample_weights
@@ -26,7 +26,8 @@ from kimisys.trainer.batch import Batch
 @dataclass(frozen=True)
 class Improvement:
     """What one iteration learns from. groups: int64[rows], numbered from 0; rewards, reference:
-    float32[rows], reference being log π_i of each completion."""
+    float32[rows], reference being log π_i of each completion. reset: whether the optimizer's state
+    is forgotten first, as k1.5 does; bench/density measures what that means for deltas."""
 
     batch: Batch
     rewards: np.ndarray
@@ -37,6 +38,7 @@ class Improvement:
     tau: float
     clip_gradient: float
     seed: int
+    reset: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,21 @@ class MegatronRank(Actor):
         return snapshot_layout(self.layout, wire_dtype).to_json()
 
     def open_publisher(self, snapshots: Sequence[str], folder: str) -> None:
-        """Serve this rank's snapshot at `folder`/rankN, given the snapshot layouts of all ranks."""
+        """Serve this rank's snapshot at `folder`/rankN, given the snapshot layouts of all ranks.
+        A former publisher is closed."""
+        if self._publisher is not None:
+            self._publisher.close()
         merged = Layout.merge([Layout.from_json(text) for text in snapshots])
         self._publisher = Publisher(
             self.layout, merged, self.rank, Path(folder) / f"rank{self.rank}"
         )
 
-    def publish(self, version: int) -> None:
-        """Publish the live weights as `version`."""
+    def publish(self, version: int, full: bool) -> Publication:
+        """Publish the live weights as `version`: what changed since the last one, or with `full`
+        everything anew."""
         if self._publisher is None:
             raise RuntimeError("open_publisher comes before publish")
-        self._publisher.publish(version, self.buffers, threads=1)
+        return self._publisher.publish(version, self.buffers, threads=1, full=full)
 
     def sft(self, batches: Sequence[Batch], rates: Sequence[float], clip: float) -> list[float]:
         """One AdamW step on each batch; returns the mean cross-entropy of each, in nats per
@@ -169,7 +175,8 @@ class MegatronRank(Actor):
     def improve(self, work: Improvement) -> Improved:
         """One iteration of k1.5: the optimizer's state is forgotten, then one step on each
         minibatch."""
-        self.policy.reset_optimizer()
+        if work.reset:
+            self.policy.reset_optimizer()
         order = np.random.default_rng(work.seed).permutation(int(work.groups.max()) + 1)
         losses, norms, divergence = [], [], 0.0
         for chosen in np.array_split(order, work.minibatches):

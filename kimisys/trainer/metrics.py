@@ -56,6 +56,12 @@ class StepMetrics:
     """Mean tracked success rate of the admitted problems."""
     admitted: float | None = None
     """Problems that the curriculum has admitted so far."""
+    delta_density: float | None = None
+    """The share of the published elements whose bits changed; not known of a full publication."""
+    delta_bytes: int | None = None
+    """Bytes that the engines received."""
+    full_bytes: int | None = None
+    """Bytes that they would have received in full pulls of the same version."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,14 @@ class Summary:
     probe_gap_max: float
     rollout_tokens_per_second: float
     seed: int
+    delta_density_median: float | None = None
+    """Of StepMetrics.delta_density, over the versions that had a base; None where none had."""
+    delta_bytes_total: int | None = None
+    """Bytes that the engines received; like the next one, not known of runs before deltas."""
+    full_bytes_total: int | None = None
+    """Bytes that full pulls of the same versions would have been."""
+    control_compared: int | None = None
+    """Versions in which the engines agreed, bit for bit, with --control-engine."""
 
 
 def open_records(path: Path, last_step: int | None = None) -> TextIO:

@@ -134,6 +134,20 @@ def _draw_sync(axes: Axes, history: History) -> None:
     axes.set_ylim(bottom=0)
 
 
+def _draw_received(axes: Axes, history: History) -> None:
+    marker = "." if len(history.steps) <= _MARKED_UP_TO else ""
+    for name, label in (("delta_bytes", "received"), ("full_bytes", "in full")):
+        megabytes = [v / 1e6 for v in history.values(name)]
+        axes.plot(history.numbers, megabytes, marker=marker, label=label)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_density(axes: Axes, history: History) -> None:
+    marker = "." if len(history.steps) <= _MARKED_UP_TO else ""
+    axes.plot(history.numbers, [1e2 * v for v in history.values("delta_density")], marker=marker)
+    axes.set_ylim(bottom=0)
+
+
 PASS_RATE = Chart(
     "Pass rate",
     "The share of right answers. The line is measured on each step's own samples, circles and "
@@ -259,6 +273,24 @@ AGREEMENT = (
         "milliseconds",
         "sync_seconds",
         _draw_sync,
+    ),
+)
+DELTAS = (
+    Chart(
+        "Bytes of a sync",
+        "What the engines received, beside what they would have received had every tensor come "
+        "whole. The two meet where nearly every weight changes: then blocks are sent whole.",
+        "megabytes",
+        "delta_bytes",
+        _draw_received,
+    ),
+    Chart(
+        "Changed weights",
+        "The share of the published weights whose bits changed in a step. It falls with the "
+        "learning rate, and with the precision of --wire-dtype.",
+        "per cent",
+        "delta_density",
+        _draw_density,
     ),
 )
 TIMES = (

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kimisys.adapters.ray import Actors, share
-from kimisys.broadcast import Subscriber, connect
+from kimisys.broadcast import Publication, Subscriber, connect
 from kimisys.reshard.safetensors import create_checkpoint
 from kimisys.trainer.config import RunConfig
 from kimisys.trainer.megatron_rank import MegatronRank, Place
+
+
+@dataclass(frozen=True)
+class Published:
+    """One version, over all ranks. base: the version that its deltas change, None when a rank
+    published everything anew. changed: of the elements."""
+
+    version: int
+    base: int | None
+    elements: int
+    changed: int
+
+    @property
+    def density(self) -> float | None:
+        """The share of the elements that changed; None without a base."""
+        return self.changed / self.elements if self.base is not None else None
 
 
 class Ranks:
@@ -62,9 +79,16 @@ class Ranks:
         snapshots = self.call("snapshot", self._config.wire_dtype)
         self.call("open_publisher", snapshots, str(self._sockets))
 
-    def publish(self, version: int) -> None:
-        """Publish the ranks' live weights as `version`."""
-        self.call("publish", version)
+    def publish(self, version: int, full: bool = False) -> Published:
+        """Publish the ranks' live weights as `version`, by deltas unless `full`."""
+        parts: list[Publication] = self.call("publish", version, full)
+        bases = {part.base for part in parts}
+        return Published(
+            version,
+            bases.pop() if len(bases) == 1 else None,
+            sum(part.elements for part in parts),
+            sum(part.changed for part in parts),
+        )
 
     def save_published(self, folder: Path, version: int, files: Mapping[str, str]) -> None:
         """Write the published `version` as a checkpoint folder, with the other `files`: pulled like

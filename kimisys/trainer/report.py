@@ -28,6 +28,7 @@ from kimisys.trainer.metrics import (
 )
 from kimisys.trainer.plot import (
     AGREEMENT,
+    DELTAS,
     LEARNING,
     SHAPING,
     TIMES,
@@ -46,6 +47,7 @@ _SECTIONS = (
     ("Learning", "learning", LEARNING),
     ("Length reward and choice of problems", "shaping", SHAPING),
     ("Do trainer and engine agree?", "agreement", AGREEMENT),
+    ("Weight syncs by deltas", "deltas", DELTAS),
     ("Time", "time", TIMES),
 )
 
@@ -203,6 +205,8 @@ def _number(name: str, value: object) -> str:
         return _seconds(value)
     if "gap" in name:
         return f"{value:.1e}"
+    if "density" in name:
+        return f"{value:.2%}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
@@ -227,7 +231,7 @@ _LABELS = {
     "wall_seconds": "wall time, starts and measurements included",
     "syncs": "weight syncs",
     "sync_seconds_median": "median time of a sync",
-    "sync_bytes_total": "bytes moved by syncs",
+    "sync_bytes_total": "bytes of weights written in the engines by syncs",
     "digest_checks": "tensors compared by digest",
     "digest_mismatches": "versions refused because a digest differed",
     "logprob_gap_max": "trainer against engine, worst mean of a step, nats per token",
@@ -235,6 +239,10 @@ _LABELS = {
     "logprob_gap_exceeded_at": "step that first exceeded the bound (the engine was frozen)",
     "probe_gap_max": "trainer against engine, largest on the probe, nats",
     "rollout_tokens_per_second": "sampling, tokens per second",
+    "delta_density_median": "weights that changed from one version to the next, median",
+    "delta_bytes_total": "bytes that the engines received",
+    "full_bytes_total": "bytes that they would have received in full",
+    "control_compared": "versions in which the control engine computed the same bits",
 }
 
 

@@ -21,7 +21,9 @@ class ReplicaError(KimisysError):
 @dataclass
 class Watch:
     """What was checked so far, and the worst that was seen. bound: of the log-probability gap, per
-    token. Sums are over all engines."""
+    token. Sums are over all engines; nbytes were written there, wire_nbytes received. density: the
+    share of changed elements, of each version that had a base. compared: versions in which a
+    control engine agreed."""
 
     bound: float
     logprob_gap: float = 0.0
@@ -32,12 +34,18 @@ class Watch:
     nbytes: int = 0
     digests: int = 0
     sync_seconds: list[float] = field(default_factory=list)
+    wire_nbytes: int = 0
+    full_nbytes: int = 0
+    density: list[float] = field(default_factory=list)
+    compared: int = 0
 
     def note_sync(self, sync: Sync) -> None:
         """Count a version that is served."""
         self.syncs += 1
         self.nbytes += sync.nbytes
         self.digests += sync.digests
+        self.wire_nbytes += sync.wire_nbytes
+        self.full_nbytes += sync.full_nbytes
 
     def note_gap(self, step: int, gap: float, frozen: bool) -> None:
         """Note the log-probability gap of `step`; EngineMismatchError beyond the bound, unless

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kimisys._core.broadcast import HEADER_NBYTES
 from kimisys.broadcast import Peers, Snapshot
 from kimisys.broadcast.peers import Found
 from kimisys.broadcast.transport import Memory, Ranges, SharedMemory
@@ -18,7 +19,8 @@ class Damaging:
     """Reads right until it is armed: then it damages the bytes of one read.
 
     Attributes:
-        reads: since it was armed. harmed: whether bytes were changed since then.
+        reads: since it was armed, those of the header's words left out.
+        harmed: whether bytes were changed since then.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -40,7 +42,9 @@ class Damaging:
 
     def read(self, ranges: Ranges, into: memoryview, deadline: Deadline) -> None:
         self._memory.read(ranges, into, deadline)
-        if self._strike is not None and self.reads == self._strike[0] and len(ranges):
+        if len(ranges) == 0 or int(ranges[:, 0].min()) < HEADER_NBYTES:
+            return
+        if self._strike is not None and self.reads == self._strike[0]:
             target = np.frombuffer(into, np.uint8)
             places = np.concatenate([np.arange(at, at + n) for _, at, n in ranges.tolist()])
             before = target[places]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -144,7 +145,7 @@ def test_a_publisher_that_died_while_writing(folder: Path) -> None:
         for version in (2, None):
             with pytest.raises(SnapshotError, match=died):
                 new.pull(version, allocate(destination), timeout_seconds=0.05)
-        with pytest.raises(SnapshotError, match=died):
+        with pytest.raises(VersionError, match="has version 2, asked was 3"):
             near.pull(3, landed, timeout_seconds=0.05)
         assert near.version == 1
         assert near.pull(None, landed).version == 2
@@ -184,8 +185,11 @@ def test_a_reader_killed_in_mid_pull_disturbs_nobody(folder: Path) -> None:
 
 
 def test_a_thousand_damages_on_the_way_are_detected(folder: Path) -> None:
-    """Truncated and flipped headers, tables, payloads and blocks. Whatever is damaged, what the
-    subscriber says it holds is what it holds, to the bit; and the next version heals."""
+    """Truncated and flipped tables, payloads, blocks and digests. Whatever is damaged, what the
+    subscriber says it holds is what it holds, to the bit; and the next version heals.
+
+    Some of what is read between two pieces that are needed is itself not needed: such damage
+    passes, and the comparison with what was published shows that it did no harm."""
     destination = engine(1)
     landed = allocate(destination)
     detected = harmed = 0
@@ -197,30 +201,36 @@ def test_a_thousand_damages_on_the_way_are_detected(folder: Path) -> None:
             subscriber = Subscriber(peers, destination, 0)
             subscriber.pull(None, landed)
             history = {1: {name: array.copy() for name, array in trainer.values.items()}}
-            for seed in range(1000):
+            seed = 0
+            while harmed < 1000 and (seed := seed + 1) < 3000:
                 random = np.random.default_rng(seed)
                 steps = int(random.integers(1, 3))
                 for _ in range(steps):
-                    history[trainer.version + 1] = trainer.next(0.3 if seed % 10 == 0 else 0.01)
+                    values = trainer.next(0.3 if seed % 10 == 0 else 0.01)
+                    history[trainer.version] = values
                 victim = memories[int(random.integers(2))]
                 change = (flipped if seed % 2 else truncated)(random)
                 assert isinstance(victim, Damaging)
-                victim.arm(int(random.integers(2, 12)), change)
+                victim.arm(int(random.integers(4)), change)
                 full = seed % 7 == 0
+                refused = False
                 try:
                     subscriber.pull(None, landed, None, 1, full=full, timeout_seconds=1)
-                except (SnapshotError, DigestError, VersionError):
-                    detected += 1
+                except (SnapshotError, DigestError):
+                    refused = True
                 victim.disarm()
                 harmed += victim.harmed
+                detected += refused
+                assert victim.harmed or not refused
                 if subscriber.version is not None:
                     assert_holds(destination, landed, history[subscriber.version])
                 history = {v: kept for v, kept in history.items() if v >= (subscriber.version or v)}
-                history[trainer.version + 1] = trainer.next()
+                values = trainer.next()
+                history[trainer.version] = values
                 assert subscriber.pull(None, landed).version == trainer.version
-                assert_holds(destination, landed, history[trainer.version])
+                assert_holds(destination, landed, values)
     print(f"{harmed} reads damaged, {detected} pulls refused")
-    assert harmed > 800 and detected > 0.8 * harmed
+    assert harmed == 1000 and detected > 900  # the others hit bytes that nobody needs
 
 
 def test_descriptors_and_memory_stay_flat(folder: Path) -> None:
@@ -228,6 +238,7 @@ def test_descriptors_and_memory_stay_flat(folder: Path) -> None:
     landed = allocate(destination)
 
     def usage() -> tuple[int, int, int]:
+        gc.collect()
         fields = dict(
             line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
         )
@@ -237,11 +248,11 @@ def test_descriptors_and_memory_stay_flat(folder: Path) -> None:
             int(fields["RssAnon"].split()[0]) << 10,
         )
 
-    with training(folder) as (trainer, peers):
+    with training(folder, log_nbytes=64 << 10) as (trainer, peers):
         subscriber = Subscriber(peers, destination, 0)
         trainer.publish()
         for cycle in range(230):
-            if cycle == 30:  # what is reused is there by now
+            if cycle == 30:  # all of the log has been touched by now
                 before = usage()
             trainer.next(0.02)
             subscriber.pull(None, landed, full=cycle % 10 == 0)

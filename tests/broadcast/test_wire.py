@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -221,6 +222,7 @@ def test_a_peer_that_never_accepts_hits_the_deadline(folder: Path) -> None:
 def test_malformed_answers_are_refused_and_named(
     folder: Path, answer: Callable[[socket.socket], None], message: str
 ) -> None:
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     with fake(folder / "odd", answer), pytest.raises(SnapshotError, match=f"odd.*{message}"):
         connect([folder / "odd"], timeout_seconds=5)

@@ -53,6 +53,9 @@ def step_metrics(step: int, shaped: bool = False) -> StepMetrics:
         difficulty=1 + 3 * learned,
         success_rate=0.4 + 0.5 * learned,
         admitted=float(min(4_000, 800 + 100 * step)),
+        delta_density=0.03 + 0.005 * wobble,
+        delta_bytes=int(250_000 + 50_000 * wobble),
+        full_bytes=1_790_208,
     )
 
 
@@ -82,6 +85,9 @@ def summary(steps: int) -> Summary:
         probe_gap_max=1.8e-5,
         rollout_tokens_per_second=18_400.0,
         seed=1,
+        delta_density_median=0.0312,
+        delta_bytes_total=9_290_000,
+        full_bytes_total=55_496_448,
     )
 
 

@@ -19,6 +19,7 @@ from kimisys.trainer.engines import Sampling, Sync
 from kimisys.trainer.iteration import Iterations
 from kimisys.trainer.megatron_rank import Improved, Improvement
 from kimisys.trainer.progress import Progress
+from kimisys.trainer.ranks import Published
 from kimisys.trainer.rollout import judge
 from kimisys.trainer.task import Problem, Task, TaskError
 from kimisys.trainer.tokenizer import Tokenizer
@@ -31,10 +32,15 @@ SHORT, LONG, WRONG = "#3", "1+2=3#3", "#4"
 class ScriptedRanks:
     def __init__(self) -> None:
         self.published: list[int] = []
+        self.full: list[int] = []  # those that were asked to be published whole
         self.work: list[Improvement] = []
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int, full: bool = False) -> Published:
         self.published.append(version)
+        if full:
+            self.full.append(version)
+        base = None if full or version == 1 else version - 1
+        return Published(version, base, 200, 3 * version if base is not None else 200)
 
     def one(self, method: str, *args: Any) -> Any:
         if method == "probe":
@@ -52,10 +58,12 @@ class ScriptedEngines:
     def __init__(self, damaged: int = 0, says: float = -1.0, texts: Sequence[str] = ()) -> None:
         self.damaged, self.says, self.texts = damaged, says, texts
 
-    def update(self, version: int) -> Sync:
+    count = 2
+
+    def update(self, version: int, full: bool = False) -> Sync:
         if version <= self.damaged:
             raise DigestError(f"version {version}: 'w' is not what was published")
-        return Sync(version, 100, 1)
+        return Sync(version, 100, 1, 10 + version, 500)
 
     def probe(self, tokens: Sequence[int], version: int) -> list[np.ndarray]:
         agreeing = np.full((3, 16), -1.0, np.float32)
@@ -97,7 +105,7 @@ def iterations(engines: ScriptedEngines, **changes: Any) -> tuple[Iterations, Sc
 def test_a_damaged_version_is_refused_and_published_anew() -> None:
     run, ranks = iterations(ScriptedEngines(damaged=1))
     assert run.sync() == 0.0
-    assert ranks.published == [1, 2]
+    assert (ranks.published, ranks.full) == ([1, 2], [2])
     assert run.served == 2
 
 
@@ -146,6 +154,23 @@ def test_the_curriculum_admits_the_easy_problems_first() -> None:
     assert admitted[0] == 1 and admitted[-1] == 3
     assert admitted == sorted(admitted)  # type: ignore[type-var]
     assert steps[0].difficulty == 0.0
+
+
+def test_what_syncs_moved_is_counted_by_step_and_in_all() -> None:
+    run, _ = iterations(ScriptedEngines(texts=[SHORT] * 4))
+    run.sync()
+    steps = [run.step(1), run.step(2)]
+    assert [step.delta_density for step in steps] == [0.03, 0.045]  # the first version had no base
+    assert [(step.delta_bytes, step.full_bytes) for step in steps] == [(12, 500), (13, 500)]
+    watch = run._progress.watch
+    assert watch.density == [0.03, 0.045]
+    assert (watch.wire_nbytes, watch.full_nbytes) == (11 + 12 + 13, 1500)
+
+
+def test_a_full_publication_has_no_density() -> None:
+    run, _ = iterations(ScriptedEngines(damaged=1))
+    run.sync()
+    assert run._progress.watch.density == []
 
 
 def test_success_rates_are_tracked_and_travel_with_the_progress() -> None:

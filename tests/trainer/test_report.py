@@ -63,7 +63,7 @@ def test_every_picture_is_there(report: Path, page: Page, width: int, dark: bool
     page.open(report, width, dark)
     assert faults(page) == []
     shaped = "Length reward" in report.read_text()
-    assert page.ask("document.images.length") == (16 if shaped else 11)
+    assert page.ask("document.images.length") == (18 if shaped else 11)
     assert page.ask("getComputedStyle(document.body).backgroundColor") == (
         "rgb(18, 22, 28)" if dark else "rgb(245, 246, 248)"
     )
@@ -156,7 +156,8 @@ def test_the_words_of_a_finished_run(report: Path, page: Page) -> None:
         "1,116 tensors compared by digest, 0 versions refused",
         "Before RL 8 of 16 are right. After RL 16 of 16 are right.",
         "108 tokens, cut off by the limit",
-        "55.5 MB",
+        "9.3 MB\nfull syncs would have been 55.5 MB",
+        "weights that changed from one version to the next, median\t3.12%",
         "--learning-rate\t0.0001\t6e-05",
         "--sft.steps\t50\t300",
         "A processor with four letters",

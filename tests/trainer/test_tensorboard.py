@@ -34,7 +34,8 @@ def test_every_number_of_a_step_is_there(tmp_path: Path) -> None:
     write(tmp_path, 1, 3, reward=0.5, shaped=True)
     assert curve(tmp_path, "metrics/reward") == [(1, 0.5), (2, 0.5), (3, 0.5)]
     assert curve(tmp_path, "seconds/train_seconds") == [(1, 1.0), (2, 1.0), (3, 1.0)]
-    assert len(read(tmp_path).Tags()["scalars"]) == 22  # all but the step's own number
+    assert [step for step, _ in curve(tmp_path, "metrics/delta_density")] == [1, 2, 3]
+    assert len(read(tmp_path).Tags()["scalars"]) == 25  # all but the step's own number
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:

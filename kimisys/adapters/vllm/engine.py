@@ -114,14 +114,21 @@ class Engine:
         """Whose weights are served; None before the first update."""
         return self._version
 
-    async def connect(self, addresses: Sequence[str | Path], timeout_seconds: float = 30.0) -> None:
+    async def connect(
+        self,
+        addresses: Sequence[str | Path],
+        timeout_seconds: float = 30.0,
+        verify_every: int = 16,
+    ) -> None:
         """Connects to the publishers of all trainer ranks and plans the pull.
 
+        verify_every: after so many updates by deltas everything that has landed is digested.
         Raises SnapshotError, LayoutError, PlanError, TraceError.
         """
         info = {
             "addresses": [str(address) for address in addresses],
             "timeout_seconds": timeout_seconds,
+            "verify_every": verify_every,
         }
         await self._exclusive(
             "connect", lambda llm: self._rpc(llm, "init_weight_transfer_engine", init_info=info)

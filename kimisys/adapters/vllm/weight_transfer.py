@@ -63,11 +63,13 @@ Digests = npt.NDArray[np.uint64]
 class InitInfo(WeightTransferInitInfo):
     """Where the publishers of all trainer ranks are.
 
-    addresses: their socket paths. timeout_seconds: for connecting to all of them.
+    addresses: their socket paths. timeout_seconds: for connecting to all of them. verify_every:
+    after so many updates by deltas everything that has landed is digested.
     """
 
     addresses: list[str]
     timeout_seconds: float = 30.0
+    verify_every: int = 16
 
 
 @dataclass
@@ -139,7 +141,8 @@ class KimisysWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Connects to the publishers and plans the pull; again replaces the former peers."""
         self.shutdown()
         peers = connect(init_info.addresses, init_info.timeout_seconds)
-        self._subscriber = Subscriber(peers, self._layout(peers), self._rank)
+        layout = self._layout(peers)
+        self._subscriber = Subscriber(peers, layout, self._rank, init_info.verify_every)
         self._peers = peers
         if self._subscriber.absent:
             _log.warning("published, but not loaded by vLLM: %s", self._subscriber.absent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def subscribe(folder: Path, host: str) -> None:
             try:
                 pulled = subscriber.pull(version, landed, threads=1, timeout_seconds=20)
             except Exception as error:
+                print(traceback.format_exc(), file=sys.stderr)
                 print(json.dumps(f"{type(error).__name__}: {error}"), flush=True)
                 continue
             expected = {name: rounded(bits) for name, bits in values(live, version).items()}

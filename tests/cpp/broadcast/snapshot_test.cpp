@@ -12,6 +12,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <thread>
@@ -43,8 +44,8 @@ FileDescriptor forged(const std::vector<std::uint64_t>& words, off_t size,
 }
 
 std::vector<std::uint64_t> header_words(const Snapshot& snapshot) {
-  std::vector<std::uint64_t> words(6);
-  REQUIRE(::pread(snapshot.descriptor(), words.data(), 48, 0) == 48);
+  std::vector<std::uint64_t> words(9);
+  REQUIRE(::pread(snapshot.descriptor(), words.data(), 72, 0) == 72);
   return words;
 }
 
@@ -240,15 +241,63 @@ TEST_CASE("hostile headers are refused") {
     expect_error(ErrorCode::kSnapshot, {why}, [&] { Snapshot::open(forged(changed, 8192).get()); });
   };
   refused(0, words[0] ^ 1U, "mark of a kimisys snapshot");
-  refused(1, 2, "format 2");
-  refused(2, 4097, "promises");                      // more data than memory
-  refused(2, 0, "promises");                         // less
-  refused(2, ~std::uint64_t{0} - 4095, "promises");  // wraps around
-  refused(3, 600, "promises");                       // digests reach into the data
-  refused(3, ~std::uint64_t{0}, "promises");
-  refused(3, std::uint64_t{1} << 61U, "promises");  // times eight wraps to zero
+  refused(1, 3, "format 3");
+  const std::uint64_t all = ~std::uint64_t{0};
+  refused(2, 8193, "promises");  // words 2 to 8: all bytes, then the parts
+  for (const std::size_t offset : {3U, 5U, 7U}) {
+    for (const std::uint64_t value : {std::uint64_t{0}, words[offset] + 8, all}) {
+      refused(offset, value, "promises");
+    }
+  }
+  for (const std::size_t size : {4U, 6U, 8U}) {
+    // More than there is, and what wraps around when it is added or multiplied. (A few digests
+    // less, or a short log, would lie in the same page.)
+    for (const std::uint64_t value :
+         {words[size] + 4096, std::uint64_t{1} << 61U, all - 4095, all}) {
+      refused(size, value, "promises");
+    }
+  }
+  refused(8, words[8] - 1, "promises");
   expect_error(ErrorCode::kSnapshot, {}, [&] { Snapshot::open(forged(words, 20).get()); });
   expect_error(ErrorCode::kSnapshot, {}, [&] { Snapshot::open(forged({}, 0).get()); });
+}
+
+TEST_CASE("ranges are read as they are, or refused") {
+  Snapshot writer = Snapshot::create(1001, 2, 100);
+  CHECK(writer.parts().log_nbytes == 104);
+  publish(writer, 1, std::byte{7});
+  for (std::size_t i = 0; i < 1001; ++i) writer.data()[i] = static_cast<std::byte>(i * 7);
+  const Snapshot reader = Snapshot::open(writer.descriptor());
+  const auto begin = static_cast<std::int64_t>(reader.parts().data_offset);
+  std::vector<std::byte> into(64);
+  for (std::int64_t offset = 0; offset < 20; ++offset) {
+    for (std::int64_t nbytes = 0; nbytes < 30; ++nbytes) {
+      std::ranges::fill(into, std::byte{1});
+      const std::array<Snapshot::Range, 2> ranges = {
+          {{begin + offset, 3, nbytes}, {begin + 1001 - nbytes, 34, nbytes}}};
+      reader.read(ranges, into);
+      for (std::int64_t i = 0; i < nbytes; ++i) {
+        CHECK(into[static_cast<std::size_t>(3 + i)] == static_cast<std::byte>((offset + i) * 7));
+        CHECK(into[static_cast<std::size_t>(34 + i)] ==
+              static_cast<std::byte>((1001 - nbytes + i) * 7));
+      }
+      CHECK(into[2] == std::byte{1});
+      CHECK(into[static_cast<std::size_t>(3 + nbytes)] == std::byte{1});
+      CHECK(into[33] == std::byte{1});
+      CHECK(into.back() == std::byte{1});
+    }
+  }
+  const auto most = std::numeric_limits<std::int64_t>::max();
+  for (const Snapshot::Range& range : std::vector<Snapshot::Range>{{-1, 0, 1},
+                                                                   {0, -1, 1},
+                                                                   {0, 0, -1},
+                                                                   {0, 1, 64},
+                                                                   {begin + 1000, 0, 2},
+                                                                   {most, 0, 1},
+                                                                   {1, most, 1},
+                                                                   {1, 1, most}}) {
+    expect_error(ErrorCode::kSnapshot, {"cannot read"}, [&] { reader.read({&range, 1}, into); });
+  }
 }
 
 TEST_CASE("only sealed memory files are mapped") {
