@@ -20,21 +20,26 @@ _packing: list[float] = []  # seconds of each call of vLLM's packing since it wa
 
 
 def time_packing(worker: Any) -> None:
-    """Once in each worker: from now on every call of vLLM's packing is timed."""
+    """Once in each worker: from now on every call of vLLM's packing is timed, and so is the turning
+    of weights with which kimisys prepares it."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-    def timed(method: Callable[..., None]) -> Callable[..., None]:
-        def run(*arguments: Any) -> None:
+    from kimisys.adapters.vllm.scratch import Scratch
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
             started = time.perf_counter()
-            method(*arguments)
+            result = method(*arguments)
             _packing.append(time.perf_counter() - started)
+            return result
 
         return run
 
     kinds: list[Any] = [UnquantizedLinearMethod, UnquantizedEmbeddingMethod]
     for kind in kinds:
         kind.process_weights_after_loading = timed(kind.process_weights_after_loading)
+    Scratch.turned = timed(Scratch.turned)  # type: ignore[method-assign]
 
 
 def packing_seconds(worker: Any) -> float:
