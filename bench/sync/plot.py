@@ -80,7 +80,8 @@ def plot(path: Path, records: list[dict[str, Any]]) -> None:
             _bars(axes, case, ways)
         panels[-1].set_xlabel("milliseconds, medians of interleaved rounds")
         panels[-1].set_xlim(0, 1.1 * max(w["all"] for p in found.values() for w in p.values()))
-        there = {phase for ways in found.values() for way in ways.values() for phase in way}
+        spent = [each for ways in found.values() for way in ways.values() for each in way.items()]
+        there = {phase for phase, milliseconds in spent if milliseconds}
         patches = [Patch(color=c, label=phase) for phase, c in COLORS.items() if phase in there]
         figure.legend(handles=patches, loc="outside lower center", ncols=5, frameon=False)
         figure.suptitle(records[0]["machine"], fontsize=10)
