@@ -7,21 +7,23 @@ import json
 import pkgutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import bench
-from bench.harness import Record, machine, measure
+from bench.harness import Case, Record, machine, measure_all
 
 
 def names() -> list[str]:
-    """The benchmarks: the modules here that define `cases`; a package is a part of one."""
+    """The benchmarks: the modules here that define `GROUPS`; a package is a part of one."""
     found = (
         m.name
         for m in pkgutil.iter_modules(bench.__path__)
@@ -34,6 +36,7 @@ def run(
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = "",
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     repeats: int = 9,
+    only: tuple[str, ...] = (),
 ) -> int:
     """Run the benchmark NAME; without a name, list what there is.
 
@@ -46,6 +49,7 @@ def run(
         name: Which benchmark.
         json_file: Also write the records to this file, anew after each case.
         repeats: Timed runs of ours and of each peer; a peer that takes a minute gets one.
+        only: These groups of cases alone; a name that is none lists them.
     """
     console = Console(width=None if sys.stdout.isatty() else 110)
     if not name:
@@ -62,8 +66,12 @@ def run(
     if repeats < 1:
         console.print(f"--repeats is {repeats}; it must be 1 at least")
         return 2
+    groups = importlib.import_module(f"bench.{name}").GROUPS
+    if unknown := [group for group in only if group not in groups]:
+        console.print(f"--only: {name} has no group {unknown[0]!r}; it has: {', '.join(groups)}")
+        return 2
     records: list[Record] = []
-    for record in _measured(name, repeats):
+    for record in _measured(name, [groups[group] for group in only or groups], repeats):
         records.append(record)
         if json_file is not None:
             text = json.dumps([asdict(each) for each in records], indent=2)
@@ -82,18 +90,20 @@ def run(
     return 0 if all(record.correct for record in records) else 1
 
 
-def _measured(name: str, repeats: int) -> Iterator[Record]:
+def _measured(
+    name: str, groups: Iterable[Callable[[], Iterator[Case]]], repeats: int
+) -> Iterator[Record]:
     """Case after case, telling on stderr what goes on and what is done."""
     told = Console(stderr=True, markup=False, highlight=False)
     with told.status("the first case is made") as status:
         started = time.monotonic()
-        for number, case in enumerate(importlib.import_module(f"bench.{name}").cases(), start=1):
+        for number, case in enumerate(chain.from_iterable(g() for g in groups), start=1):
             title = f"case {number}: {case.name}"
 
             def tell(what: str, title: str = title) -> None:
                 status.update(f"{title}: {what}")
 
-            yield measure(name, case, repeats, tell)
+            yield from measure_all(name, case, repeats, tell)
             told.print(f"{time.monotonic() - started:7.1f} s  {title}", soft_wrap=True)
             started = time.monotonic()
             status.update(f"case {number + 1} is made")
@@ -113,11 +123,11 @@ def _table(records: list[Record]) -> Table:
         if not r.correct:
             table.add_row(r.case, "[red]wrong answer[/]", "", "", "")
             continue
-        own = f"{r.value:.2f} {r.unit} [{r.low:.2f} {r.high:.2f}]".replace("[", "\\[")
+        own = escape(f"{r.value:.2f} {r.unit} [{r.low:.2f} {r.high:.2f}]")
         for i, peer in enumerate(r.peers):
             first = ("", "") if i else (r.case, own)
             name = peer.name if peer.rounds == r.rounds else f"{peer.name} (x{peer.rounds})"
-            table.add_row(*first, f"{peer.value:.2f} {r.unit}", name, f"{peer.ratio:.2f}")
+            table.add_row(*first, f"{peer.value:.2f} {r.unit}", escape(name), f"{peer.ratio:.2f}")
         if not r.peers:
             table.add_row(r.case, own, "", "", "")
     return table

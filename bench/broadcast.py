@@ -1,9 +1,9 @@
-"""Publishing and pulling against one memcpy; a whole sync into vLLM against the usual way."""
+"""Deltas and pulls against memcpy and others' formats; a whole sync against the usual ways."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from bench.ceiling import ceilings
+from bench.delta import diff, loopback, scatter, wire
 from bench.harness import Case
 from bench.reshard import MIB, matrix
 from bench.sync.cases import QWEN3_0_6B
@@ -51,7 +52,7 @@ def digesting(dtype: str, total: int) -> Case:
 
 
 def publish_and_pull(total: int) -> Iterator[Case]:
-    """Two row shards published, pulled into column shards and verified on both sides."""
+    """Two row shards published whole, pulled into column shards and verified on both sides."""
     columns = 1024
     rows = total // (2 * columns)
     live = matrix(rows, columns, "bfloat16", 0, 2, axis=0)
@@ -75,11 +76,11 @@ def publish_and_pull(total: int) -> Iterator[Case]:
             def ours() -> None:
                 version = next(versions)
                 for publisher in publishers:
-                    publisher.publish(version, buffers)
-                subscriber.pull(version, {(0, "w"): landed})
+                    publisher.publish(version, buffers, full=True)
+                subscriber.pull(version, {(0, "w"): landed}, full=True)
 
             yield Case(
-                f"publish + pull, verified, {total // MIB} MiB",
+                f"publish + pull in full, verified, {total // MIB} MiB",
                 ours,
                 ceilings(total),
                 lambda: bool((landed == data).all()),
@@ -89,18 +90,33 @@ def publish_and_pull(total: int) -> Iterator[Case]:
             publisher.close()
 
 
-def whole_sync() -> Iterator[Case]:
+def sync(engine_ranks: int) -> Iterator[Case]:
     """A model of Qwen3-0.6B's shape, from two Megatron ranks into a vLLM engine."""
-    with tempfile.TemporaryDirectory() as folder:
-        with Console(stderr=True).status(f"starting {RANKS} Megatron ranks and a vLLM engine"):
-            world = World(QWEN3_0_6B, Path(folder))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as disk,
+    ):
+        with Console(stderr=True).status(
+            f"starting {RANKS} Megatron ranks and a vLLM engine of {engine_ranks}"
+        ):
+            world = World(QWEN3_0_6B, Path(folder), Path(disk), engine_ranks)
         with closing(world):
             yield from sync_cases(world, "Qwen3-0.6B")
 
 
-def cases() -> Iterator[Case]:
-    """What `python -m bench broadcast` runs."""
+def _digests() -> Iterator[Case]:
     yield digesting("bfloat16", 256 * MIB)
     yield digesting("float32", 256 * MIB)
-    yield from publish_and_pull(256 * MIB)
-    yield from whole_sync()
+
+
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
+    "digest": _digests,
+    "pull": lambda: publish_and_pull(256 * MIB),
+    "diff": lambda: diff.cases(512 * MIB),
+    "scatter": lambda: scatter.cases(512 * MIB, 0.01),
+    "wire": lambda: wire.cases(128 * MIB),
+    "sync-tp1": lambda: sync(1),
+    "sync-tp2": lambda: sync(2),
+    "mooncake": lambda: loopback.cases(256 * MIB, 0.01),
+}
+"""What `python -m bench broadcast` runs."""

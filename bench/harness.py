@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -68,6 +68,10 @@ class Case:
     """Peers too slow for as many rounds as ours gets: how many each may have, without warm-up."""
     agree: Callable[[], bool] = lambda: True
     """Looks, after the last call, at what the peers made: whether it is what ours made."""
+    before: Callable[[], object] = lambda: None
+    """Called, untimed, before each timed call of ours: brings what there is to do anew."""
+    also: Mapping[str, Callable[[], float]] = field(default_factory=dict)
+    """Further clocks that are read at the same calls: each makes a record, of the name given."""
 
 
 def measure(
@@ -75,27 +79,54 @@ def measure(
 ) -> Record:
     """Check the answer, then time `ours` and the peers in turn, `repeats` times each after a
     warm-up; the rare rounds of a slow peer come first. tell: hears what comes next, untimed."""
+    return measure_all(bench, case, repeats, tell)[0]
+
+
+def measure_all(
+    bench: str, case: Case, repeats: int, tell: Callable[[str], object] = lambda what: None
+) -> list[Record]:
+    """As `measure`: the record by the case's own clock, then one for each of `also`."""
     metric, unit = ("throughput", "GB/s") if case.nbytes is not None else ("time", "ms")
+    wrong = [Record(bench, case.name, metric, unit, None, None, None, (), False, machine())]
     tell("the answer is checked")
+    case.before()
     case.ours()
     if not case.correct():
-        return Record(bench, case.name, metric, unit, None, None, None, (), False, machine())
+        return wrong
     for name, peer in case.peers.items():
         if name not in case.peer_rounds:
             tell(f"warm-up, {name}")
             peer()
-    ours: list[float] = []
-    peers: dict[str, list[float]] = {name: [] for name in case.peers}
+    clocks = [case.clock, *case.also.values()]
+    ours: list[list[float]] = []  # of each call, by clock
+    peers: dict[str, list[list[float]]] = {name: [] for name in case.peers}
     for turn in range(repeats):
         tell(f"round {turn + 1} of {repeats}, kimisys")
-        ours.append(_seconds(case.ours, case.clock))
+        case.before()
+        ours.append(_seconds(case.ours, clocks))
         for name, peer in case.peers.items():
             if turn < case.peer_rounds.get(name, repeats):
                 tell(f"round {turn + 1} of {case.peer_rounds.get(name, repeats)}, {name}")
-                peers[name].append(_seconds(peer, case.clock))
+                peers[name].append(_seconds(peer, clocks))
     tell("the peers' answers and other figures")
     if not case.agree():
-        return Record(bench, case.name, metric, unit, None, None, None, (), False, machine())
+        return wrong
+    records = []
+    for number, name in enumerate([case.name, *case.also]):
+        own = [times[number] for times in ours]
+        theirs = {name: [times[number] for times in all_] for name, all_ in peers.items()}
+        records.append(_record(bench, replace(case, name=name), own, theirs))
+    extra = replace(
+        records[0],
+        parts=case.parts() if case.parts is not None else None,
+        figures=case.figures() if case.figures is not None else None,
+    )
+    return [extra, *records[1:]]
+
+
+def _record(bench: str, case: Case, ours: list[float], peers: dict[str, list[float]]) -> Record:
+    """Of seconds by one clock."""
+    metric, unit = ("throughput", "GB/s") if case.nbytes is not None else ("time", "ms")
 
     def figure(seconds: float) -> float:
         return seconds * 1e3 if case.nbytes is None else case.nbytes / seconds / 1e9
@@ -118,16 +149,14 @@ def measure(
         tuple(against(name, times) for name, times in peers.items()),
         True,
         machine(),
-        case.parts() if case.parts is not None else None,
-        case.figures() if case.figures is not None else None,
-        repeats,
+        rounds=len(ours),
     )
 
 
-def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    start = clock()
+def _seconds(call: Callable[[], object], clocks: list[Callable[[], float]]) -> list[float]:
+    starts = [clock() for clock in clocks]
     call()
-    return clock() - start
+    return [clock() - start for clock, start in zip(clocks, starts, strict=True)]
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -245,12 +245,14 @@ def whole(total: int) -> Case:
     )
 
 
-def cases() -> Iterator[Case]:
-    """What `python -m bench reshard` runs: planning, then execution."""
+def _planning() -> Iterator[Case]:
     # here, so that whoever wants one copy's case needs no other planner
-    from bench.planning.cases import cases as planning
+    from bench.planning.cases import cases
 
-    yield from planning()
+    return cases()
+
+
+def _copies() -> Iterator[Case]:
     yield whole(256 * MIB)
     for row_bytes in (256, 1024, 4096, 65536):
         yield gather(row_bytes, 256 * MIB)
@@ -267,3 +269,7 @@ def cases() -> Iterator[Case]:
     for kib in (1, 4, 32):
         yield small_copies(5000, kib * 1024, bound=False)
         yield small_copies(5000, kib * 1024, bound=True)
+
+
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {"planning": _planning, "copies": _copies}
+"""What `python -m bench reshard` runs."""

@@ -1,7 +1,8 @@
 """What of a whole sync is timed, and against what.
 
-The usual way is made of the frameworks' own parts: mbridge's `export_weights` gathers whole tensors
-at the ranks, one rank puts them into shared memory, vLLM's `load_weights` takes them from there.
+The usual ways are made of the frameworks' own parts: mbridge's `export_weights` gathers whole
+tensors at the ranks; one rank puts them into shared memory, from where vLLM's `load_weights` takes
+them, or into a safetensors file on a RAM disk, from where vLLM's `reload_weights` does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.ceiling import LINE, ceilings
 from bench.harness import Case
 from bench.sync.world import RANKS, World
 
@@ -36,18 +36,16 @@ QWEN3_0_6B: dict[str, Any] = {
 }
 """The shape of Qwen3-0.6B: 1.19 GB in bfloat16."""
 
-_USUAL = "mbridge gather, shared memory, load_weights"
-
 
 def cases(world: World, name: str) -> Iterator[Case]:
-    """A sync of `world`, whose model is `name`.
+    """A sync of `world`, whose model is `name`: everything, then what changed.
 
     `served` is until the engine computes with the new weights; `moved` leaves out, on both sides,
-    what vLLM's own packing takes. The last is served, against one copy of the same bytes.
+    what vLLM's own packing takes.
     """
     faults = ["no way's answer has been looked at"]
 
-    def served_is_right() -> bool:
+    def is_right() -> bool:
         faults[:] = world.faults()
         for fault in faults:
             Console(stderr=True).print(fault, style="red", markup=False)
@@ -57,26 +55,42 @@ def cases(world: World, name: str) -> Iterator[Case]:
         """The very calls that were looked at before, in the same processes."""
         return not faults
 
-    sync = f"sync of {name}, TP {RANKS} to TP 1"
-    usual: dict[str, Callable[[], object]] = {_USUAL: world.usual}
+    sync = f"sync of {name}, TP {RANKS} to TP {world.engine_ranks}"
+    peers: dict[str, Callable[[], object]] = {
+        "mbridge gather, shared memory, load_weights": world.load_weights,
+        "mbridge gather, safetensors, reload_weights": world.reload_weights,
+    }
+
+    def moved() -> float:
+        return time.perf_counter() - world.packing
+
     yield Case(
-        f"{sync}, served", world.kimisys, usual, served_is_right, parts=lambda: _medians(world)
+        f"{sync}, full, served",
+        world.full,
+        peers,
+        is_right,
+        parts=lambda: _medians(world, "kimisys full"),
+        before=world.change,
+        also={f"{sync}, full, moved": moved},
     )
+    world.seconds.clear()
     yield Case(
-        f"{sync}, moved",
-        world.kimisys,
-        usual,
+        f"{sync}, {100 * world.density:g} % delta, served",
+        world.delta,
+        peers,
         as_before,
-        clock=lambda: time.perf_counter() - world.packing,
+        parts=lambda: _medians(world, "kimisys delta"),
+        figures=lambda: world.figures,
+        before=world.change,
+        also={f"{sync}, {100 * world.density:g} % delta, moved": moved},
     )
-    copies = ceilings(world.nbytes // LINE * LINE)
-    yield Case(f"{sync}, served, against one copy", world.kimisys, copies, as_before, world.nbytes)
 
 
-def _medians(world: World) -> dict[str, float]:
-    """Milliseconds of each phase of both ways."""
+def _medians(world: World, ours: str) -> dict[str, float]:
+    """Milliseconds of each phase of each way that was timed."""
+    ways = (ours, "load_weights", "reload_weights")
     return {
         f"{way}: {phase}": round(1e3 * statistics.median(seconds), 1)
-        for way, phases in world.seconds.items()
-        for phase, seconds in phases.items()
+        for way in ways
+        for phase, seconds in world.seconds[way].items()
     }

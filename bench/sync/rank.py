@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from bench.sync.child import serve
 from bench.sync.fused_names import FusedNames
@@ -41,6 +42,7 @@ class Rank:
         self._renamed = FusedNames(self._model)
         self._shared = torch.frombuffer(mmap.mmap(memory, 0), dtype=torch.uint8)
         self._publisher: Publisher | None = None
+        self._changes: list[tuple[torch.Tensor, ...]] = []
 
     def snapshot(self) -> str:
         """The layout of this rank's snapshot, as JSON."""
@@ -53,7 +55,8 @@ class Rank:
 
     def scramble(self, seed: int) -> None:
         """New random weights: norms around one and equal on all ranks, the others of each rank's
-        own."""
+        own. What was prepared is forgotten."""
+        self._changes = []
         common = torch.Generator().manual_seed(seed)
         own = torch.Generator().manual_seed(1_000_003 * seed + self.rank)
         with torch.no_grad():
@@ -63,15 +66,36 @@ class Rank:
                 else:
                     parameter.normal_(0.0, 0.03, generator=own)
 
+    def prepare(self, density: float, seed: int) -> int:
+        """Draws which elements `change` changes, each with probability `density`, and to what: the
+        bfloat16 next to it, as a small step of an optimizer would. Returns how many."""
+        common = torch.Generator().manual_seed(seed)
+        own = torch.Generator().manual_seed(1_000_003 * seed + self.rank)
+        self._changes = []
+        for parameter in self._model.parameters():
+            bits = parameter.detach().view(torch.int16).view(-1)
+            generator = common if parameter.dim() == 1 else own
+            drawn = torch.rand(bits.numel(), generator=generator) < density
+            places = drawn.nonzero().view(-1)
+            old = bits[places]
+            self._changes.append((bits, places, old, old ^ 1))
+        return sum(places.numel() for _, places, _, _ in self._changes)
+
+    def change(self) -> None:
+        """Changes what was prepared, or changes it back."""
+        for number, (bits, places, old, new) in enumerate(self._changes):
+            bits.index_copy_(0, places, new)
+            self._changes[number] = (bits, places, new, old)
+
     def probe(self, tokens: list[int]) -> list[list[float]]:
         """Log-softmax over the vocabulary after each token but the last."""
         return Policy(self._model).full_log_probs(torch.tensor([tokens]))[0, :-1].tolist()
 
-    def publish(self, version: int) -> dict[str, float]:
-        """Our way. Returns seconds by phase."""
+    def publish(self, version: int, full: bool) -> dict[str, Any]:
+        """Our way. Returns `seconds`, `changed` (elements) and `nbytes` (of the record)."""
         assert self._publisher is not None
-        done = self._publisher.publish(version, self._buffers, threads=_THREADS)
-        return {"publish": done.seconds}
+        done = self._publisher.publish(version, self._buffers, threads=_THREADS, full=full)
+        return {"seconds": done.seconds, "changed": done.changed, "nbytes": done.delta_nbytes}
 
     @torch.no_grad()
     def gather(self) -> dict[str, Any]:
@@ -93,6 +117,20 @@ class Rank:
                 offset += tensor.nbytes
         whole = time.perf_counter() - began
         return {"seconds": {"gather": whole - copying, "to memory": copying}, "table": table}
+
+    @torch.no_grad()
+    def save(self, folder: str) -> dict[str, float]:
+        """The way by files: mbridge gathers, rank 0 writes one safetensors file of Hugging Face's
+        names. Returns seconds by phase."""
+        began = time.perf_counter()
+        tensors = {}
+        for name, tensor in self._bridge.export_weights([self._renamed]):
+            if self.rank == 0:
+                tensors[name] = tensor.contiguous()  # as safetensors wants them
+        gathered = time.perf_counter()
+        if self.rank == 0:
+            save_file(tensors, Path(folder) / "model.safetensors")
+        return {"gather": gathered - began, "save": time.perf_counter() - gathered}
 
     def close(self) -> None:
         """Removes the socket and leaves the process group."""

@@ -12,7 +12,7 @@ import pytest
 
 import bench
 from bench.__main__ import names, run
-from bench.harness import Case, Peer, Record, measure
+from bench.harness import Case, Peer, Record, measure, measure_all
 
 KEYS = [
     "bench",
@@ -97,13 +97,13 @@ def test_every_benchmark_is_listed_and_defines_cases(capsys: pytest.CaptureFixtu
     listed = capsys.readouterr().out
     for name in names():
         assert name in listed
-        assert callable(importlib.import_module(f"bench.{name}").cases)
+        assert all(map(callable, importlib.import_module(f"bench.{name}").GROUPS.values()))
     assert {"reshard", "broadcast"} <= set(names())
 
 
 def test_json_and_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("bench.reshard")
-    monkeypatch.setattr(module, "cases", lambda: iter([case(True), case(False)]))
+    monkeypatch.setattr(module, "GROUPS", {"all": lambda: iter([case(True), case(False)])})
     assert run("reshard", tmp_path / "out.json", repeats=2) == 1
     records = json.loads((tmp_path / "out.json").read_text())
     assert [r["correct"] for r in records] == [True, False]
@@ -119,7 +119,7 @@ def test_who_waits_is_told_how_far_it_is_and_keeps_what_was_measured(
         yield case(True)
         raise RuntimeError("the second case cannot be made")
 
-    monkeypatch.setattr(importlib.import_module("bench.reshard"), "cases", cases)
+    monkeypatch.setattr(importlib.import_module("bench.reshard"), "GROUPS", {"all": cases})
     with pytest.raises(RuntimeError, match="second case"):
         run("reshard", tmp_path / "out.json", repeats=2)
     assert "case 1: c" in capsys.readouterr().err
@@ -135,6 +135,43 @@ def test_what_comes_next_is_told() -> None:
         "round 1 of 1, peer",
         "round 2 of 2, kimisys",
     ]
+
+
+def test_groups_can_be_chosen_and_a_wrong_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def named(name: str) -> Case:
+        return Case(name, lambda: None, {}, lambda: True)
+
+    groups = {name: lambda name=name: iter([named(name)]) for name in ("a", "b", "c")}
+    monkeypatch.setattr(importlib.import_module("bench.reshard"), "GROUPS", groups)
+    assert run("reshard", tmp_path / "out.json", repeats=1, only=("c", "a")) == 0
+    assert [r["case"] for r in json.loads((tmp_path / "out.json").read_text())] == ["c", "a"]
+    assert run("reshard", repeats=1, only=("d",)) == 2
+    assert "no group 'd'; it has: a, b, c" in capsys.readouterr().out
+
+
+def test_what_comes_before_a_call_is_not_timed_and_every_clock_gets_a_record() -> None:
+    now, told = [0.0], []
+
+    def tick(seconds: float) -> None:
+        now[0] += seconds
+
+    both = Case(
+        "c",
+        lambda: tick(1.0),
+        {"peer": lambda: tick(3.0)},
+        lambda: True,
+        clock=lambda: now[0],
+        before=lambda: told.append(tick(100.0)),
+        also={"half": lambda: now[0] / 2},
+        parts=lambda: {"all": 1.0},
+    )
+    whole, half = measure_all("b", both, repeats=3)
+    assert (whole.case, whole.value, whole.peers[0].ratio, whole.parts) == ("c", 1e3, 3, {"all": 1})
+    assert (half.case, half.value, half.peers[0].ratio, half.parts) == ("half", 500, 3, None)
+    assert len(told) == 4
+    assert [r.correct for r in measure_all("b", case(False), repeats=1)] == [False]
 
 
 def test_a_digest_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

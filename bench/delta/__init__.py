@@ -1,0 +1,1 @@
+"""What a delta costs: to find it, on the wire, and to write it where it belongs."""
