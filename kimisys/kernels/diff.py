@@ -10,25 +10,28 @@ Triton's interpreter.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from kimisys._core.broadcast import diff as core_diff
+from kimisys._core.broadcast import diff as diff_on_cpu
 from kimisys._core.broadcast import diff_implementations as on_cpu
 from kimisys.errors import BufferMismatchError, LayoutError
-from kimisys.kernels.changes import Changes, Delta, blocks_of, encode
+from kimisys.kernels.delta import Delta, blocks_of, encode
 from kimisys.kernels.diff_table import make_tables
+from kimisys.kernels.tensors import (
+    Tensors,
+    arrays,
+    check_apart,
+    chosen,
+    needed,
+    one_device,
+    with_triton,
+)
 from kimisys.reshard import Layout
 
-Tensors: TypeAlias = Mapping[tuple[int, str], torch.Tensor]
-
 FORCED = "KIMISYS_DIFF_IMPLEMENTATION"
-_REMEDY = "install triton, and unset TRITON_INTERPRET"
 
 
 def implementations(device: torch.device | str = "cpu") -> list[str]:
@@ -37,11 +40,7 @@ def implementations(device: torch.device | str = "cpu") -> list[str]:
     "triton" on a GPU; on the CPU those of the core. Where Triton's interpreter is on
     (``TRITON_INTERPRET=1`` when Triton is imported), "triton" is for the CPU instead.
     """
-    has_triton = importlib.util.find_spec("triton") is not None
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if torch.device(device).type == "cuda":
-        return ["triton"] if has_triton and not interpreted else []
-    return [*on_cpu(), "triton"] if has_triton and interpreted else on_cpu()
+    return with_triton(on_cpu(), device)
 
 
 class Bound:
@@ -90,67 +89,24 @@ def bind(
         LayoutError: the device has no such implementation; the layouts do not fit together; an
             element does not lie at a multiple of its size.
     """
-    device = _device(sources)
-    known = implementations(device)
-    name = implementation or os.environ.get(FORCED) or (known[0] if known else "triton")
-    if name not in known:
-        raise LayoutError(
-            f"unknown diff implementation '{name}' (argument or {FORCED}) on {device}: there "
-            f"{'is ' + ', '.join(known) if known else 'is none: ' + _REMEDY}"
-        )
-    tensors = _checked(live, sources)
-    _check_snapshot(snapshot, into, tensors, device)
+    device = one_device(live=sources)
+    name = chosen("diff", implementation, FORCED, implementations(device), device)
+    tensors = needed(live.buffers, sources, "live")
+    _check_snapshot(snapshot, into, device)
+    check_apart({(snapshot.buffers[0].rank, "snapshot"): into}, tensors, "live weights, snapshot")
     if name == "triton":
         return Bound(name, _launches(live, snapshot, counted, tensors, into, device))
     # Unless one was asked for, the core decides, which has a variable of its own.
     asked = name if implementation or os.environ.get(FORCED) else None
-    arrays = {key: t.detach().reshape(-1).view(torch.uint8).numpy() for key, t in tensors.items()}
+    bytes_ = arrays(tensors)
 
     def run() -> Delta:
-        return Delta(*core_diff(live, snapshot, arrays, into.numpy(), implementation=asked))
+        return Delta(*diff_on_cpu(live, snapshot, bytes_, into.numpy(), implementation=asked))
 
     return Bound(asked or "kimisys.broadcast", run)
 
 
-def _device(sources: Tensors) -> torch.device:
-    """The one device of the live tensors; the CPU where there are none."""
-    devices = {tensor.device for tensor in sources.values()}
-    if len(devices) > 1:
-        raise BufferMismatchError(
-            f"live buffers are on {', '.join(sorted(map(str, devices)))}; a rank's are on one device"
-        )
-    device = next(iter(devices), torch.device("cpu"))
-    if device.type not in ("cpu", "cuda"):
-        raise BufferMismatchError(f"tensors on {device}: only CPU and CUDA devices are supported")
-    return device
-
-
-def _checked(live: Layout, sources: Tensors) -> dict[tuple[int, str], torch.Tensor]:
-    """The tensors of the live layout's buffers."""
-    tensors = {}
-    for buffer in live.buffers:
-        tensor = sources.get((buffer.rank, buffer.name))
-        text = f"live buffer '{buffer.name}' of rank {buffer.rank}"
-        if tensor is None:
-            raise BufferMismatchError(f"{text} is missing; pass all that the layout names")
-        if not tensor.is_contiguous():
-            raise BufferMismatchError(
-                f"{text} is a tensor of shape {tuple(tensor.shape)} with strides "
-                f"{tensor.stride()}; pass a contiguous one (a fragment of the layout may have "
-                "strides instead)"
-            )
-        if tensor.nbytes != buffer.nbytes:
-            raise BufferMismatchError(
-                f"{text} has {tensor.nbytes} bytes where the layout says {buffer.nbytes}; pass the "
-                "buffer that the layout describes"
-            )
-        tensors[buffer.rank, buffer.name] = tensor
-    return tensors
-
-
-def _check_snapshot(
-    snapshot: Layout, into: torch.Tensor, sources: Tensors, device: torch.device
-) -> None:
+def _check_snapshot(snapshot: Layout, into: torch.Tensor, device: torch.device) -> None:
     if len(snapshot.buffers) != 1:
         raise LayoutError(
             f"the snapshot's layout has {len(snapshot.buffers)} buffers; take one rank's part of "
@@ -168,15 +124,6 @@ def _check_snapshot(
             f"{text} is on {into.device} and the live weights are on {device}, which cannot reach "
             "it; put it there, or page-lock it (cudaHostRegister)"
         )
-    begin = into.data_ptr()
-    for (rank, name), tensor in sources.items():
-        if max(begin, tensor.data_ptr()) < min(
-            begin + into.nbytes, tensor.data_ptr() + tensor.nbytes
-        ):
-            raise BufferMismatchError(
-                f"live buffer '{name}' of rank {rank} overlaps {text}; the snapshot keeps what "
-                "was published and needs memory of its own"
-            )
 
 
 def _launches(

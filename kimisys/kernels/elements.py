@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kimisys.errors import LayoutError
 from kimisys.reshard import Fragment, Region, Tensor
@@ -12,7 +16,9 @@ DIVISION = 36
 """A place divides by an extent as (place * magic(extent)) >> DIVISION: exact where both are at most
 2^18, which is as many elements as a block may have (csrc/broadcast/blocks.h)."""
 
-_GOLDEN = 0x9E3779B97F4A7C15  # these, and the key: csrc/broadcast/mix.h
+_GOLDEN = 0x9E3779B97F4A7C15  # these, and what is made of them: csrc/broadcast/mix.h
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
 _WORD = (1 << 64) - 1
 
 
@@ -30,8 +36,8 @@ def _tensor_key(name: str) -> int:
     word = 0xCBF29CE484222325
     for byte in name.encode():
         word = (word ^ byte) * 0x100000001B3 & _WORD
-    word = word * 0xBF58476D1CE4E5B9 & _WORD
-    word = (word ^ word >> 32) * 0x94D049BB133111EB & _WORD
+    word = word * _FIRST & _WORD
+    word = (word ^ word >> 32) * _SECOND & _WORD
     return word ^ word >> 29
 
 
@@ -42,9 +48,22 @@ def first_counter(tensor: Tensor, offset: Sequence[int]) -> int:
     return as_int64(_tensor_key(tensor.name) + index * _GOLDEN)
 
 
+def counters(tensor: Tensor, index: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The same of many elements, by their flat index in the tensor."""
+    return np.uint64(_tensor_key(tensor.name)) + index * np.uint64(_GOLDEN)
+
+
 def counter_step(index_stride: int) -> int:
     """By how much that number grows from one element of an axis to the next, int64."""
     return as_int64(index_stride * _GOLDEN)
+
+
+def mixed(counters: npt.NDArray[np.uint64], bits: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """What elements of these counters and bits add to a digest, mod 2^64."""
+    wide = bits.astype(np.uint64)
+    word = (counters ^ wide ^ (wide >> np.uint64(32))) * np.uint64(_FIRST)
+    word = (word ^ (word >> np.uint64(32))) * np.uint64(_SECOND)
+    return word ^ (word >> np.uint64(29))
 
 
 def index_strides(tensor: Tensor) -> list[int]:

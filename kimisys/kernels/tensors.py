@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from kimisys.errors import BufferMismatchError, LayoutError
+from kimisys.reshard import Buffer
 
 Tensors: TypeAlias = Mapping[tuple[int, str], torch.Tensor]
 """(rank, buffer name) to a contiguous tensor of any dtype."""
@@ -80,6 +81,44 @@ def check_contiguous(tensors: Tensors, side: str) -> None:
                 f"with strides {tensor.stride()}; pass a contiguous one (a fragment of the layout "
                 "may have strides instead)"
             )
+
+
+def needed(buffers: Iterable[Buffer], tensors: Tensors, side: str) -> Tensors:
+    """The tensors of these buffers.
+
+    Raises:
+        BufferMismatchError: one is missing, not contiguous, or not of the buffer's size.
+    """
+    found = {}
+    for buffer in buffers:
+        key = buffer.rank, buffer.name
+        text = f"{side} buffer '{buffer.name}' of rank {buffer.rank}"
+        if key not in tensors:
+            raise BufferMismatchError(f"{text} is missing; pass it under {key}")
+        if tensors[key].nbytes != buffer.nbytes:
+            raise BufferMismatchError(
+                f"{text} has {tensors[key].nbytes} bytes where the layout says {buffer.nbytes}; "
+                "pass the buffer that the layout describes"
+            )
+        found[key] = tensors[key]
+    check_contiguous(found, side)
+    return found
+
+
+def check_apart(written: Tensors, read: Tensors, what: str) -> None:
+    """Raises BufferMismatchError where two tensors that are written, or one of each kind, share
+    memory. what: both of them, for the message."""
+    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes, key, True) for key, t in written.items()]
+    spans += [(t.data_ptr(), t.data_ptr() + t.nbytes, key, False) for key, t in read.items()]
+    ends: dict[bool, tuple[int, tuple[int, str]]] = {}
+    for begin, until, key, writes in sorted(spans):
+        for other, (end, before) in ends.items():
+            if begin < end and begin < until and (writes or other):
+                raise BufferMismatchError(
+                    f"{what}: buffer '{key[1]}' of rank {key[0]} overlaps buffer '{before[1]}' of "
+                    f"rank {before[0]}; give each memory of its own"
+                )
+        ends[writes] = max(ends.get(writes, (0, key)), (until, key))
 
 
 def arrays(tensors: Tensors) -> dict[tuple[int, str], npt.NDArray[np.uint8]]:
