@@ -123,6 +123,7 @@ void bind_broadcast(py::module_& module) {
   py::module_ broadcast = module.def_submodule("broadcast", "Digests and shared snapshots.");
   bind_digest(broadcast);
   bind_snapshot(broadcast);
+  bind_delta(broadcast);
 }
 
 }  // namespace kimisys::bindings
