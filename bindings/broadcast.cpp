@@ -124,6 +124,7 @@ void bind_broadcast(py::module_& module) {
   bind_digest(broadcast);
   bind_snapshot(broadcast);
   bind_delta(broadcast);
+  bind_encode(broadcast);
 }
 
 }  // namespace kimisys::bindings

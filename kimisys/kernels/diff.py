@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from kimisys._core.broadcast import diff as diff_on_cpu
+from kimisys._core.broadcast import Diff
 from kimisys._core.broadcast import diff_implementations as on_cpu
 from kimisys.errors import BufferMismatchError, LayoutError
 from kimisys.kernels.delta import Delta, blocks_of, encode
@@ -98,10 +98,11 @@ def bind(
         return Bound(name, _launches(live, snapshot, counted, tensors, into, device))
     # Unless one was asked for, the core decides, which has a variable of its own.
     asked = name if implementation or os.environ.get(FORCED) else None
-    bytes_ = arrays(tensors)
+    core, on_host = Diff(live, snapshot, counted), arrays(tensors)
 
     def run() -> Delta:
-        return Delta(*diff_on_cpu(live, snapshot, bytes_, into.numpy(), implementation=asked))
+        found = core.compare(on_host, into.numpy(), implementation=asked)
+        return Delta(found.descriptors, found.payloads, found.increments, found.changed)
 
     return Bound(asked or "kimisys.broadcast", run)
 
