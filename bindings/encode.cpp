@@ -1,5 +1,3 @@
-#include "broadcast/code.h"
-
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -11,6 +9,7 @@
 #include "base/error.h"
 #include "bindings.h"
 #include "broadcast/blocks.h"
+#include "broadcast/code.h"
 
 namespace py = pybind11;
 

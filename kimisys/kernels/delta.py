@@ -1,4 +1,4 @@
-"""A rank's changes as they travel: encoded block by block, by the C++ core (csrc/broadcast/code.h)."""
+"""A rank's changes as they travel: encoded by the core, block by block (csrc/broadcast/code.h)."""
 
 from __future__ import annotations
 

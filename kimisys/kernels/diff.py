@@ -137,9 +137,7 @@ def _launches(
 
     blocks = blocks_of(snapshot)
     addresses = {name: tensor.data_ptr() for (_, name), tensor in sources.items()}
-    tables = make_tables(
-        live, snapshot, counted, blocks, addresses, into.data_ptr(), kernel.TILE
-    )
+    tables = make_tables(live, snapshot, counted, blocks, addresses, into.data_ptr(), kernel.TILE)
     launches = [Launch(table, device) for table in tables]
     held = dict(sources)  # the tables have only their addresses
 

@@ -46,7 +46,8 @@ class Launch:
     """One table on the device, and what its kernels need there beside the result: a byte for each
     word and 12 for each tile.
 
-    A run is ``find``, ``allocate``, ``take``, ``found``, in this order; the live weights keep still.
+    A run is ``find``, ``allocate``, ``take``, ``found``, in this order, and the live weights keep
+    still.
     """
 
     def __init__(self, table: Table, device: torch.device) -> None:

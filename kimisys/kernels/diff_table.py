@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,10 +153,10 @@ def _counted_parts(snapshot: Layout, counted: Layout) -> dict[int, list[Region]]
         for index in fragments[part.tensor]:
             whole = snapshot.fragments[index]
             same = whole.byte_strides == part.byte_strides and whole.buffer == part.buffer
-            if same and elements.first_byte(whole, part.region) == part.byte_offset:
-                if elements.intersection(whole.region, part.region) == part.region:
-                    parts[index].append(part.region)
-                    break
+            inside = elements.intersection(whole.region, part.region) == part.region
+            if same and inside and elements.first_byte(whole, part.region) == part.byte_offset:
+                parts[index].append(part.region)
+                break
         else:
             raise LayoutError(
                 f"tensor '{part.tensor}' {part.region} counts in the digests of rank {part.rank} "
@@ -181,9 +181,9 @@ def _axes(
         for side, address, width in zip((source, to), addresses, widths, strict=True)
     )  # fmt: skip
     index = elements.index_strides(tensor)
-    return [
-        _Axis(region.extent[d], live[d], snapshot[d], index[d]) for d in range(dimensions)
-    ] or [_Axis(1, 0, 0, 0)]
+    return [_Axis(region.extent[d], live[d], snapshot[d], index[d]) for d in range(dimensions)] or [
+        _Axis(1, 0, 0, 0)
+    ]
 
 
 def _merged(axes: Iterable[_Axis]) -> list[_Axis]:
@@ -196,9 +196,7 @@ def _merged(axes: Iterable[_Axis]) -> list[_Axis]:
             last = merged[-1]
             strides = last.live, last.snapshot, last.index
             if strides == tuple(n * axis.extent for n in (axis.live, axis.snapshot, axis.index)):
-                merged[-1] = _Axis(
-                    last.extent * axis.extent, axis.live, axis.snapshot, axis.index
-                )
+                merged[-1] = _Axis(last.extent * axis.extent, axis.live, axis.snapshot, axis.index)
                 continue
         merged.append(axis)
     return merged or [_Axis(1, 0, 0, 0)]

@@ -35,7 +35,7 @@ def cast(bits, FROM: tl.constexpr, TO: tl.constexpr):
     only float32 and bfloat16 differ in width and may be cast."""
     if FROM == TO:
         return bits
-    elif TO == tl.uint16:
+    elif FROM.primitive_bitwidth == 32:
         return narrowed(bits)
     else:
         return bits.to(tl.uint32) << 16

@@ -18,6 +18,8 @@ from worlds import layouts, scatter, tensors, view
 from kimisys.broadcast import digest, snapshot_layout
 from kimisys.kernels import diff_kernel as kernel
 from kimisys.kernels.changes import Block, Changes
+from kimisys.kernels.delta import Delta, blocks_of, decode
+from kimisys.kernels.diff import bind, implementations
 from kimisys.kernels.diff_launch import Launch, find_changes
 from kimisys.kernels.diff_table import make_tables
 from kimisys.reshard import Buffer, Fragment, Layout, Padding, Region, Tensor
@@ -81,8 +83,8 @@ class World:
     def expected(self) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
         """Positions and bits of each block, and the snapshot's memory afterwards."""
         memory = self.memory.copy()
-        dtypes = {t.name: (t.dtype, s.dtype)
-                  for t, s in zip(self.live.tensors, self.snapshot.tensors, strict=True)}  # fmt: skip
+        tables = zip(self.live.tensors, self.snapshot.tensors, strict=True)
+        dtypes = {t.name: (t.dtype, s.dtype) for t, s in tables}
         positions, values = [], []
         for index, region in self.blocks:
             fragment = self.snapshot.fragments[index]
@@ -203,6 +205,53 @@ def test_only_what_the_rank_counts_is_in_the_increments() -> None:
             world.fill(density, rank)
             world.check()
     assert len(to.cover().of_rank(2).fragments) > 1
+
+
+def bound_run(world: World, implementation: str) -> tuple[Delta, np.ndarray]:
+    """By ``bind``, on a snapshot of its own."""
+    memory = world.memory.copy()
+    sources = {key: torch.from_numpy(array) for key, array in world.buffers.items()}
+    bound = bind(world.live, world.snapshot, world.counted, sources, torch.from_numpy(memory),
+                 implementation)  # fmt: skip
+    return bound.run(), memory
+
+
+def check_beside_the_core(world: World) -> Delta:
+    """All that travels is, byte for byte, what the core makes."""
+    ours, memory = bound_run(world, "triton")
+    theirs, other = bound_run(world, implementations("cpu")[0])
+    np.testing.assert_array_equal(ours.descriptors, theirs.descriptors)
+    assert list(ours.payloads) == list(theirs.payloads)
+    np.testing.assert_array_equal(ours.increments, theirs.increments)
+    assert ours.changed == theirs.changed
+    np.testing.assert_array_equal(memory, other)
+    return ours
+
+
+@settings(max_examples=25)
+@given(worlds(), densities, st.integers(0, 2**32))
+def test_small_worlds_beside_the_core(world: World, density: float, seed: int) -> None:
+    world.fill(density, seed)
+    check_beside_the_core(world)
+
+
+@pytest.mark.parametrize(("density", "kind"), [(0.0, 0), (0.01, 1), (0.4, 2), (1.0, 3)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_kind_of_code_beside_the_core(density: float, kind: int, turned: bool) -> None:
+    """Two blocks side by side, and what was decoded is what was encoded."""
+    held = matrix("float32", 20, 1024, turned)
+    to = snapshot_layout(held, "bfloat16")
+    world = World(held, to, 0, blocks_of(to))
+    assert len(world.blocks) == 2
+    world.fill(density, 3)
+    delta = check_beside_the_core(world)
+    assert {int(word) & 3 for word in delta.descriptors} == {kind}
+    if kind < 3:
+        decoded, found = decode(delta, to, world.blocks), world.run()
+        for ours, theirs in zip(decoded.positions, found.positions, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        for bits, others in zip(decoded.bits, found.bits, strict=True):
+            np.testing.assert_array_equal(bits, others)
 
 
 @pytest.mark.parametrize("lanes", [4, 1])

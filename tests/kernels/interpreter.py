@@ -1,5 +1,5 @@
-"""Tests that need Triton's interpreter, in a process of their own: Triton reads the variable when it
-is imported."""
+"""Tests in Triton's interpreter, in a process of their own: Triton reads the variable when it is
+imported."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The diff of a device: on the CPU by the core, in Triton's interpreter, and compiled for a GPU that
-is not here."""
+"""The diff of a device: on the CPU by the core, in Triton's interpreter, and compiled for a GPU
+that is not here."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def test_take_compiles_for_hopper(live: int, wire: int, boxes: bool, tmp_path: P
     lists = {"boxes": "*i64", "counts": "*i32", "ends": "*i64", "positions": "*i32",
              "bits": f"*i{8 * wire}", "increments": "*i64"}  # fmt: skip
     constants: dict[str, Any] = {"FROM": UNSIGNED[live], "TO": UNSIGNED[wire], "HAS_BOXES": boxes}
-    made = compiled(kernel.take, {**BLOCKS, **lists},
-                    {**constants, "TAKEN": kernel.TAKEN, "TILE": kernel.TILE}, tmp_path)  # fmt: skip
+    sizes = {"TAKEN": kernel.TAKEN, "TILE": kernel.TILE}
+    made = compiled(kernel.take, {**BLOCKS, **lists}, {**constants, **sizes}, tmp_path)
     # The snapshot, the bits, and a tile's increment.
     stores = sum(n for name, n in made.global_accesses.items() if name.startswith("st"))
     assert stores == 2 * kernel.TAKEN // THREADS + 1

@@ -1,5 +1,5 @@
-"""The scatter of a device: on the CPU by numpy, in Triton's interpreter, and compiled for a GPU that
-is not here."""
+"""The scatter of a device: on the CPU by numpy, in Triton's interpreter, and compiled for a GPU
+that is not here."""
 
 from __future__ import annotations
 
