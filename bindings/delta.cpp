@@ -79,6 +79,9 @@ struct Call {
 
 // The changes of all chunks.
 struct Changes {
+  Changes() = default;
+  Changes(Changes&&) = default;  // chunks cannot be copied
+
   std::vector<ChunkDelta> chunks;
   std::vector<std::uint64_t> increments;
   std::int64_t changed = 0;
@@ -123,11 +126,9 @@ class BoundDiff {
     const py::gil_scoped_release release;
     const std::lock_guard turn(turn_);
     changes.chunks.resize(diff_.blocks().chunk_count());
-    scratch_.resize(changes.chunks.size());
     parallel_for(changes.chunks.size(), call.threads, [&](std::size_t chunk) {
       ChunkDelta& out = changes.chunks[chunk];
-      std::vector<broadcast::ChangeList> scratch = take_scratch();
-      out.scratch = std::move(scratch);
+      out.scratch = take_scratch();
       diff_.compare(chunk, call.live_memory, call.snapshot_data, out, call.kernel);
       give_scratch(std::move(out.scratch));
     });
