@@ -1,8 +1,9 @@
 """The Triton kernels of `diff`: three launches over a table of blocks, a program for each tile.
 
-`find` reads everything once and leaves a bit per element; `list_positions` makes ascending positions
-of bits; `take` goes to those alone, and is the only one that writes the snapshot. There are no
-atomics: the same input gives the same memory, bit for bit. Works with Triton 3.9, and in its interpreter.
+`find` reads everything once and leaves a bit per element; `list_positions` makes ascending
+positions of bits; `take` goes to those alone, and is the only one that writes the snapshot. There
+are no atomics: the same input gives the same memory, bit for bit. Works with Triton 3.6 to 3.9, and
+in its interpreter.
 """
 
 from __future__ import annotations

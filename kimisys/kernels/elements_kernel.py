@@ -1,5 +1,5 @@
 """What the Triton kernels of `diff` and `scatter` do with one element: find its place, cast it, and
-mix it into a digest. Works with Triton 3.9, and in its interpreter."""
+mix it into a digest. Works with Triton 3.6 to 3.9, and in its interpreter."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The Triton kernel of `scatter`: changed elements of blocks to their places in strided memory, all
-targets in one launch. Works with Triton 3.9, and in its interpreter."""
+targets in one launch. Works with Triton 3.6 to 3.9, and in its interpreter."""
 
 from __future__ import annotations
 
