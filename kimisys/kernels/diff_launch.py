@@ -80,12 +80,12 @@ class Launch:
         """Waits for the counts, and makes room for the rest."""
         counts = np.add.reduceat(self._counts.cpu().numpy(), self.table.first_tiles, dtype=np.int64)
         total = int(counts.sum())
-        room = {"device": self._device}
+        wide = _SIGNED[self.table.wire_width]
         self._lists = _Lists(
             counts,
-            torch.empty(total, dtype=torch.int32, **room),
-            torch.empty(total, dtype=_SIGNED[self.table.wire_width], **room),
-            torch.zeros(len(self.table.tiles), dtype=torch.int64, **room),
+            torch.empty(total, dtype=torch.int32, device=self._device),
+            torch.empty(total, dtype=wide, device=self._device),
+            torch.zeros(len(self.table.tiles), dtype=torch.int64, device=self._device),
         )
 
     def take(self) -> None:

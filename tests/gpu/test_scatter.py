@@ -37,7 +37,7 @@ def test_from_a_diff_to_the_shards(
     bound = bind_diff(live, snapshot, snapshot, {(0, "w"): weights}, into)
     held = {(b.rank, b.name): np.zeros(b.nbytes, np.uint8) for b in shards.buffers}
     made.execute({(0, "snapshot"): into.cpu().numpy()}, held)
-    there = {key: torch.from_numpy(array).to(device) for key, array in held.items()}
+    there = {key: torch.from_numpy(array.copy()).to(device) for key, array in held.items()}
 
     changed = torch.rand(weights.shape, device=device) < density
     weights[changed] = ~weights[changed]
