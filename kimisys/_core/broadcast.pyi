@@ -4,7 +4,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from kimisys._core.reshard import Layout, _Memory
+from kimisys._core.reshard import Layout, Region, _Memory
 
 @final
 class Published:
@@ -35,6 +35,60 @@ class Snapshot:
     def confirm(self, published: Published) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+@final
+class Blocks:
+    def __init__(self, layout: Layout) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def fragments(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def regions(self) -> tuple[Region, ...]: ...
+    @property
+    def chunk_begins(self) -> npt.NDArray[np.uint64]: ...
+
+@final
+class Changes:
+    @property
+    def descriptors(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def payloads(self) -> list[bytes]: ...
+    @property
+    def increments(self) -> npt.NDArray[np.uint64]: ...
+    @property
+    def changed(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+@final
+class Diff:
+    def __init__(self, live: Layout, snapshot: Layout, counted: Layout | None = None) -> None: ...
+    def copy(
+        self,
+        live: Mapping[tuple[int, str], _Memory],
+        snapshot: _Memory,
+        threads: int = 0,
+        implementation: str | None = None,
+    ) -> npt.NDArray[np.uint64]: ...
+    def compare(
+        self,
+        live: Mapping[tuple[int, str], _Memory],
+        snapshot: _Memory,
+        threads: int = 0,
+        implementation: str | None = None,
+    ) -> Changes: ...
+
+def diff(
+    live_layout: Layout,
+    snapshot_layout: Layout,
+    live_buffers: Mapping[tuple[int, str], _Memory],
+    snapshot_buffer: _Memory,
+    threads: int = 0,
+    implementation: str | None = None,
+) -> tuple[npt.NDArray[np.uint32], list[bytes], int]: ...
+def diff_implementations() -> list[str]: ...
+def decode_block(
+    descriptor: int, payload: bytes, elements: int, itemsize: int
+) -> tuple[npt.NDArray[np.uint32], bytes]: ...
 def digest(
     layout: Layout,
     buffers: Mapping[tuple[int, str], _Memory],
