@@ -121,10 +121,10 @@ void bind_snapshot(py::module_& module) {
 
 void bind_broadcast(py::module_& module) {
   py::module_ broadcast = module.def_submodule("broadcast", "Digests and shared snapshots.");
+  bind_encode(broadcast);
   bind_digest(broadcast);
   bind_snapshot(broadcast);
   bind_delta(broadcast);
-  bind_encode(broadcast);
 }
 
 }  // namespace kimisys::bindings
