@@ -36,6 +36,10 @@ std::uint32_t rice_of(std::int64_t count, std::int64_t elements) {
   return std::min(kMaxRice, static_cast<std::uint32_t>(std::ilogb(ratio)) + 1);
 }
 
+std::size_t count_nbytes(std::size_t count) {
+  return (static_cast<std::size_t>(std::bit_width(count)) + 6) / 7;
+}
+
 std::byte* write_count(std::byte* out, std::size_t count) {
   for (; count >= 0x80; count >>= 7U) *out++ = static_cast<std::byte>(count | 0x80U);
   *out++ = static_cast<std::byte>(count);
@@ -73,10 +77,19 @@ std::byte* write_gaps(std::span<const std::uint32_t> positions, std::uint32_t ri
   return out + bytes_of_bits(filled);
 }
 
+// `bits` are zero, and there is room for a word more.
 void write_bits(std::span<const std::uint32_t> positions, std::byte* bits) {
+  std::size_t at = 0;
+  std::uint64_t word = 0;
   for (const std::uint32_t position : positions) {
-    bits[position / 8] |= static_cast<std::byte>(1U << (position % 8));
+    if (position / 64 != at) {
+      store_word(bits + at * kWord, word);
+      at = position / 64;
+      word = 0;
+    }
+    word |= std::uint64_t{1} << (position % 64);
   }
+  store_word(bits + at * kWord, word);
 }
 
 // The count at the head of gaps, no larger than `elements`; `at` moves past it.
@@ -238,22 +251,29 @@ Descriptor encode(std::span<const std::uint32_t> positions, const std::byte* val
   const std::uint32_t rice = rice_of(static_cast<std::int64_t>(positions.size()), elements);
   const std::size_t begin = payload.size();
 
-  const std::size_t most = 4 + bytes_of_bits(positions.size() * (rice + 1) + (n >> rice)) + kWord;
-  payload.resize(begin + most);
-  std::byte* out = write_gaps(positions, rice, write_count(&payload[begin], positions.size()));
-  auto nbytes = static_cast<std::size_t>(out - &payload[begin]);
-  Descriptor descriptor{Kind::kGaps, rice, 0};
-  if (bitmap < nbytes) {
-    nbytes = bitmap;
-    descriptor = {Kind::kBitmap, 0, 0};
-  }
-  if (whole <= nbytes + value_nbytes) {
-    payload.resize(begin);
-    return {Kind::kWhole, 0, 0};
+  // Without a rest the codes are the bitmap up to its last bit, behind a count.
+  std::size_t gaps = count_nbytes(positions.size()) +
+                     bytes_of_bits(rice == 0 ? std::uint64_t{positions.back()} + 1
+                                             : positions.size() * (rice + std::uint64_t{1}));
+  if (whole <= value_nbytes + std::min(gaps, bitmap)) return {Kind::kWhole, 0, 0};
+  Descriptor descriptor{Kind::kBitmap, 0, 0};
+  std::size_t nbytes = bitmap;
+  if (gaps <= bitmap) {  // so far the least that they may take
+    payload.resize(begin + 4 + bytes_of_bits(positions.size() * (rice + 1) + (n >> rice)) + kWord);
+    std::byte* out = write_gaps(positions, rice, write_count(&payload[begin], positions.size()));
+    gaps = static_cast<std::size_t>(out - &payload[begin]);
+    if (gaps <= bitmap) {
+      descriptor = {Kind::kGaps, rice, 0};
+      nbytes = gaps;
+    }
+    if (whole <= nbytes + value_nbytes) {
+      payload.resize(begin);
+      return {Kind::kWhole, 0, 0};
+    }
   }
   if (descriptor.kind == Kind::kBitmap) {
     payload.resize(begin);
-    payload.resize(begin + nbytes);
+    payload.resize(begin + nbytes + kWord);
     write_bits(positions, &payload[begin]);
   }
   payload.resize(begin + nbytes);

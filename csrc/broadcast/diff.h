@@ -85,6 +85,7 @@ class Diff {
   struct Sum {
     std::uint64_t value = 0;
     bool known = false;
+    bool whole = false;  // the last comparison wrote the block whole
   };
 
   Band band(std::size_t first, std::size_t last, const std::vector<const std::byte*>& live,
@@ -95,6 +96,11 @@ class Diff {
                                  const std::byte* snapshot, const DiffKernel& kernel);
   std::uint64_t increment(const Band& band, std::size_t member, const ChangeList& changes,
                           const std::byte* snapshot, const DiffKernel& kernel);
+  // The elements that differ in a block, when it is worth nothing less than being written whole.
+  std::int64_t count_whole(const Band& band, std::size_t member, const DiffKernel& kernel) const;
+  void replace(const Band& band, std::size_t member, std::int64_t count, std::byte* snapshot,
+               ChunkDelta& out, const DiffKernel& kernel);
+  void copy_rows(const Band& band, std::size_t member, const DiffKernel& kernel) const;
   void finish(const Band& band, std::size_t member, const ChangeList& changes, std::byte* snapshot,
               ChunkDelta& out, const DiffKernel& kernel);
 

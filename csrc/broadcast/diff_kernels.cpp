@@ -89,6 +89,29 @@ template <typename Live, typename Word, Word (*kConvert)(Live)>
   compare_strided<Live, Word, kConvert>(rest, position + static_cast<std::uint32_t>(i), out);
 }
 
+template <typename Live, typename Word, Word (*kConvert)(Live)>
+[[gnu::always_inline]] inline std::int64_t count_run(const Run& run, std::int64_t live_stride,
+                                                     std::int64_t snapshot_stride) {
+  std::uint32_t count = 0;
+  for (std::int64_t i = 0; i < run.count; ++i) {
+    Live live;
+    Word before;
+    std::memcpy(&live, run.live + i * live_stride, sizeof(Live));
+    std::memcpy(&before, run.snapshot + i * snapshot_stride, sizeof(Word));
+    count += kConvert(live) != before ? 1U : 0U;
+  }
+  return count;
+}
+
+// A dense run is told apart at compile time: with known strides the compiler vectorises the loads.
+template <typename Live, typename Word, Word (*kConvert)(Live)>
+[[gnu::always_inline]] inline std::int64_t count_any(const Run& run) {
+  if (run.live_stride == sizeof(Live) && run.snapshot_stride == sizeof(Word)) {
+    return count_run<Live, Word, kConvert>(run, sizeof(Live), sizeof(Word));
+  }
+  return count_run<Live, Word, kConvert>(run, run.live_stride, run.snapshot_stride);
+}
+
 template <typename Word>
 [[gnu::always_inline]] inline std::uint64_t sum_changes(const ChangeList& changes,
                                                         std::size_t begin, std::size_t end,
@@ -139,6 +162,17 @@ constexpr Comparisons kStrided = {{compare_strided<std::uint8_t, std::uint8_t, k
                                        const Counters& counters) {                                 \
       return sum_changes<Word>(changes, begin, end, origin, counters);                             \
     }                                                                                              \
+    template <typename Live, typename Word, Word (*kConvert)(Live)>                                \
+    attribute static std::int64_t count(const Run& run) {                                          \
+      return count_any<Live, Word, kConvert>(run);                                                 \
+    }                                                                                              \
+    static constexpr ByCast<CountRun> counts() {                                                   \
+      return {                                                                                     \
+          {count<std::uint8_t, std::uint8_t, keep>, count<std::uint16_t, std::uint16_t, keep>,     \
+           count<std::uint32_t, std::uint32_t, keep>, count<std::uint64_t, std::uint64_t, keep>},  \
+          count<std::uint32_t, std::uint16_t, bfloat16_bits>,                                      \
+          count<std::uint16_t, std::uint32_t, float32_bits>};                                      \
+    }                                                                                              \
     static constexpr Comparisons dense() {                                                         \
       return {                                                                                     \
           {compare<std::uint8_t, std::uint8_t, keep>, compare<std::uint16_t, std::uint16_t, keep>, \
@@ -166,12 +200,13 @@ const auto* named(const Sets& sets, std::string_view name) {
   return found == sets.end() ? &sets.back() : &*found;
 }
 
-DiffKernel make(std::string_view name, const Comparisons& dense,
-                const std::array<SumChanges, 4>& sums) {
+template <typename Set>
+DiffKernel make(std::string_view name, const Comparisons& dense) {
   return {name,
           dense,
+          Set::counts(),
           kStrided,
-          sums,
+          Set::sums(),
           named(digest_kernels(), name)->by_width,
           named(reshard::row_sets(), name)};
 }
@@ -180,14 +215,14 @@ std::vector<DiffKernel> supported_kernels() {
   std::vector<DiffKernel> kernels;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vbmi2")) {
-    kernels.push_back(make("avx512", avx512_comparisons(), Avx512::sums()));
+    kernels.push_back(make<Avx512>("avx512", avx512_comparisons()));
   }
   if (__builtin_cpu_supports("x86-64-v3")) {
-    kernels.push_back(make("avx2", Avx2::dense(), Avx2::sums()));
+    kernels.push_back(make<Avx2>("avx2", Avx2::dense()));
   }
 #endif
-  kernels.push_back(make("generic", Generic::dense(), Generic::sums()));
-  kernels.push_back(make("naive", kStrided, Generic::sums()));
+  kernels.push_back(make<Generic>("generic", Generic::dense()));
+  kernels.push_back(make<Generic>("naive", kStrided));
   return kernels;
 }
 
@@ -205,13 +240,6 @@ void ChangeList::reserve(std::int64_t elements, std::size_t itemsize) {
     after = std::make_unique_for_overwrite<std::byte[]>(wanted * itemsize);
     value_capacity_ = wanted * itemsize;
   }
-}
-
-CompareRun DiffKernel::compare(DType from, DType to, bool is_dense) const {
-  const Comparisons& set = is_dense ? dense : strided;
-  if (from != to) return from == DType::kFloat32 ? set.narrow : set.widen;
-  const auto item = static_cast<unsigned>(itemsize(from));
-  return set.same[static_cast<std::size_t>(std::countr_zero(item))];
 }
 
 std::span<const DiffKernel> diff_kernels() {

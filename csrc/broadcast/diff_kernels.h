@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -58,22 +59,32 @@ struct Counters {
 using SumChanges = std::uint64_t (*)(const ChangeList& changes, std::size_t begin, std::size_t end,
                                      std::uint32_t origin, const Counters& counters);
 
-// The comparisons of one kind of runs.
-struct Comparisons {
-  std::array<CompareRun, 4> same;  // elements of 1, 2, 4, 8 bytes
-  CompareRun narrow = nullptr;     // float32 -> bfloat16
-  CompareRun widen = nullptr;      // bfloat16 -> float32
+// How many elements of a run differ (after the cast).
+using CountRun = std::int64_t (*)(const Run& run);
+
+// One function for each cast.
+template <typename Function>
+struct ByCast {
+  std::array<Function, 4> same{};  // elements of 1, 2, 4, 8 bytes
+  Function narrow = nullptr;       // float32 -> bfloat16
+  Function widen = nullptr;        // bfloat16 -> float32
+
+  Function of(DType from, DType to) const {
+    if (from != to) return from == DType::kFloat32 ? narrow : widen;
+    return same[static_cast<std::size_t>(std::countr_zero(static_cast<unsigned>(itemsize(from))))];
+  }
 };
+
+using Comparisons = ByCast<CompareRun>;
 
 struct DiffKernel {
   std::string_view name;
   Comparisons dense;                  // both sides dense
+  ByCast<CountRun> counts;            // any strides
   Comparisons strided;                // any strides
   std::array<SumChanges, 4> changes;  // by width
   std::array<RunSum, 4> runs;         // the digest's, by width
   const reshard::RowSet* rows;        // for copies
-
-  CompareRun compare(DType from, DType to, bool is_dense) const;
 };
 
 // The kernels that this processor can run, fastest first; the last is naive.

@@ -109,6 +109,20 @@ void append_whole(const Walk& walk, const std::byte* snapshot, DType dtype,
   }
 }
 
+void add_whole(const Walk& walk, const std::byte* snapshot, std::int64_t elements, DType dtype,
+               const DiffKernel& kernel, ChunkDelta& out) {
+  const std::int64_t nbytes = elements * itemsize(dtype);
+  Descriptor descriptor{Kind::kWhole, 0, 0};
+  if (out.whole_inline) {
+    append_whole(walk, snapshot, dtype, kernel, out.payload);
+    descriptor.nbytes = static_cast<std::uint32_t>(nbytes);
+    out.whole_nbytes += nbytes;
+  } else {
+    out.referred_nbytes += nbytes;
+  }
+  out.descriptors.push_back(descriptor.word());
+}
+
 void add_increment(std::vector<std::pair<std::size_t, std::uint64_t>>& increments,
                    std::size_t tensor, std::uint64_t increment) {
   const auto found =
@@ -167,6 +181,8 @@ std::uint64_t Diff::increment(const Band& band, std::size_t member, const Change
 void Diff::finish(const Band& band, std::size_t member, const ChangeList& changes,
                   std::byte* snapshot, ChunkDelta& out, const DiffKernel& kernel) {
   const Pair& pair = *band.pair;
+  bool& whole = sums_[band.members[member].block].whole;
+  whole = false;
   if (changes.count == 0) {
     out.descriptors.push_back(Descriptor{}.word());
     return;
@@ -175,19 +191,55 @@ void Diff::finish(const Band& band, std::size_t member, const ChangeList& change
   if (!pair.counted.empty()) {
     add_increment(out.increments, pair.tensor, increment(band, member, changes, snapshot, kernel));
   }
-  Descriptor descriptor = encode({changes.positions.get(), changes.count}, changes.after.get(),
-                                 band.elements, itemsize(pair.to), out.payload);
-  if (descriptor.kind == Kind::kWhole) {
-    const std::int64_t nbytes = band.elements * itemsize(pair.to);
-    if (out.whole_inline) {
-      append_whole(band.walk, band.members[member].snapshot, pair.to, kernel, out.payload);
-      descriptor.nbytes = static_cast<std::uint32_t>(nbytes);
-      out.whole_nbytes += nbytes;
-    } else {
-      out.referred_nbytes += nbytes;
-    }
+  const Descriptor descriptor =
+      encode({changes.positions.get(), changes.count}, changes.after.get(), band.elements,
+             itemsize(pair.to), out.payload);
+  whole = descriptor.kind == Kind::kWhole;
+  if (whole) {
+    add_whole(band.walk, band.members[member].snapshot, band.elements, pair.to, kernel, out);
+  } else {
+    out.descriptors.push_back(descriptor.word());
   }
-  out.descriptors.push_back(descriptor.word());
+}
+
+std::int64_t Diff::count_whole(const Band& band, std::size_t member,
+                               const DiffKernel& kernel) const {
+  const CountRun count_run = kernel.counts.of(band.pair->from, band.pair->to);
+  std::int64_t count = 0;
+  Odometer at(band.walk);
+  for (std::int64_t i = 0; i < band.walk.runs; ++i, at.next()) {
+    count += count_run(band.run(band.members[member], at));
+  }
+  // A bitmap and the values would not be shorter.
+  const std::int64_t spared = (band.elements - count) * itemsize(band.pair->to);
+  return spared <= (band.elements + 7) / 8 ? count : 0;
+}
+
+void Diff::replace(const Band& band, std::size_t member, std::int64_t count, std::byte* snapshot,
+                   ChunkDelta& out, const DiffKernel& kernel) {
+  const Pair& pair = *band.pair;
+  const std::size_t block = band.members[member].block;
+  const std::vector<Region> parts = counted_parts(blocks_.blocks()[block].region, pair.counted);
+  Sum& sum = sums_[block];
+  const std::uint64_t gone = sum.known ? sum.value : sum_parts(pair, parts, snapshot, kernel);
+  copy_rows(band, member, kernel);
+  sum.value = sum_parts(pair, parts, snapshot, kernel);
+  sum.known = true;
+  out.changed += count;
+  if (!parts.empty()) add_increment(out.increments, pair.tensor, sum.value - gone);
+  add_whole(band.walk, band.members[member].snapshot, band.elements, pair.to, kernel, out);
+}
+
+void Diff::copy_rows(const Band& band, std::size_t member, const DiffKernel& kernel) const {
+  const bool dense = band.dense && kernel.name != reshard::kNaive;
+  const reshard::Row row = reshard::choose_row(
+      band.pair->from, band.pair->to, dense ? reshard::RowKind::kDense : reshard::RowKind::kStrided,
+      *kernel.rows);
+  Odometer at(band.walk);
+  for (std::int64_t i = 0; i < band.walk.runs; ++i, at.next()) {
+    const Run run = band.run(band.members[member], at);
+    row(run.count, run.live, run.live_stride, run.snapshot, run.snapshot_stride);
+  }
 }
 
 void Diff::compare(std::size_t chunk, const std::vector<const std::byte*>& live,
@@ -200,21 +252,32 @@ void Diff::compare(std::size_t chunk, const std::vector<const std::byte*>& live,
     const Band band = this->band(first, last, live, snapshot);
     const Pair& pair = *band.pair;
     if (out.scratch.size() < band.members.size()) out.scratch.resize(band.members.size());
+    std::vector<std::int64_t> whole(band.members.size(), 0);
+    std::vector<std::size_t> left;
     for (std::size_t m = 0; m < band.members.size(); ++m) {
+      // Who was written whole last time is likely to be so again: counting first spares the lists.
+      if (sums_[band.members[m].block].whole) whole[m] = count_whole(band, m, kernel);
+      if (whole[m] > 0) continue;
+      left.push_back(m);
       out.scratch[m].reserve(band.elements, static_cast<std::size_t>(itemsize(pair.to)));
       out.scratch[m].count = 0;
     }
-    const CompareRun compare_run = kernel.compare(pair.from, pair.to, band.dense);
+    const CompareRun compare_run =
+        (band.dense ? kernel.dense : kernel.strided).of(pair.from, pair.to);
     std::uint32_t position = 0;
     Odometer at(band.walk);
-    for (std::int64_t i = 0; i < band.walk.runs; ++i, at.next()) {
-      for (std::size_t m = 0; m < band.members.size(); ++m) {
+    for (std::int64_t i = 0; i < band.walk.runs && !left.empty(); ++i, at.next()) {
+      for (const std::size_t m : left) {
         compare_run(band.run(band.members[m], at), position, out.scratch[m]);
       }
       position += static_cast<std::uint32_t>(band.walk.run.extent);
     }
     for (std::size_t m = 0; m < band.members.size(); ++m) {
-      finish(band, m, out.scratch[m], snapshot, out, kernel);
+      if (whole[m] > 0) {
+        replace(band, m, whole[m], snapshot, out, kernel);
+      } else {
+        finish(band, m, out.scratch[m], snapshot, out, kernel);
+      }
     }
   }
 }
@@ -224,19 +287,12 @@ void Diff::copy(std::size_t chunk, const std::vector<const std::byte*>& live, st
   for (const auto& [first, last] : bands(chunk)) {
     const Band band = this->band(first, last, live, snapshot);
     const Pair& pair = *band.pair;
-    const bool dense = band.dense && kernel.name != reshard::kNaive;
-    const reshard::Row row = reshard::choose_row(
-        pair.from, pair.to, dense ? reshard::RowKind::kDense : reshard::RowKind::kStrided,
-        *kernel.rows);
-    for (const Band::Member& member : band.members) {
-      Odometer at(band.walk);
-      for (std::int64_t i = 0; i < band.walk.runs; ++i, at.next()) {
-        const Run run = band.run(member, at);
-        row(run.count, run.live, run.live_stride, run.snapshot, run.snapshot_stride);
-      }
+    for (std::size_t m = 0; m < band.members.size(); ++m) {
+      copy_rows(band, m, kernel);
+      const Band::Member& member = band.members[m];
       const Region& region = blocks_.blocks()[member.block].region;
       sums_[member.block] = {sum_parts(pair, counted_parts(region, pair.counted), snapshot, kernel),
-                             true};
+                             true, false};
       sums[pair.tensor] += sums_[member.block].value;
     }
   }

@@ -107,6 +107,45 @@ TEST_CASE("at random densities gaps come close to the entropy") {
   }
 }
 
+TEST_CASE("mutated payloads are refused or give ascending positions within the block") {
+  std::mt19937 random(6);
+  const auto below = [&random](std::size_t end) {
+    return std::uniform_int_distribution<std::size_t>(0, end - 1)(random);
+  };
+  int refused = 0;
+  constexpr int kRounds = 20000;
+  Positions scratch;
+  for (int round = 0; round < kRounds; ++round) {
+    const auto elements = static_cast<std::int64_t>(below(2000) + 1);
+    const std::int64_t itemsize = std::int64_t{1} << below(4);
+    const double density = std::vector{0.002, 0.02, 0.2, 0.7}[below(4)];
+    const Positions positions = random_positions(elements, density, random);
+    const Bytes values(positions.size() * static_cast<std::size_t>(itemsize));
+    Bytes payload;
+    Descriptor descriptor = encode(positions, values.data(), elements, itemsize, payload);
+    for (std::size_t i = below(4); i > 0 && !payload.empty(); --i) {
+      payload[below(payload.size())] ^= static_cast<std::byte>(1U << below(8));
+    }
+    if (below(4) == 0) payload.resize(below(payload.size() + 9));
+    if (below(2) == 0) descriptor.nbytes = static_cast<std::uint32_t>(payload.size());
+    if (below(4) == 0) descriptor = Descriptor::of(descriptor.word() ^ 1U << below(7));
+    const Bytes own(payload);  // no spare capacity
+    try {
+      const Decoded decoded = decode(descriptor, own, elements, itemsize, scratch);
+      const auto& found = decoded.positions;
+      CHECK(std::is_sorted(found.begin(), found.end(), std::less_equal<>()));
+      CHECK(found.back() < elements);
+      CHECK(decoded.values + found.size() * static_cast<std::size_t>(itemsize) ==
+            own.data() + own.size());
+    } catch (const Error& error) {
+      CHECK(error.code() == ErrorCode::kSnapshot);
+      ++refused;
+    }
+  }
+  CHECK(refused > kRounds / 10);
+  CHECK(refused < kRounds * 9 / 10);
+}
+
 TEST_CASE("descriptors and payloads that encode cannot have written are refused") {
   const auto refused = [](std::initializer_list<const char*> words, Descriptor descriptor,
                           const std::vector<int>& bytes) {
