@@ -62,6 +62,7 @@ void bind_digest(py::module_& module) {
 
 void bind_broadcast(py::module_& module) {
   py::module_ broadcast = module.def_submodule("broadcast", "Digests and shared snapshots.");
+  bind_encode(broadcast);
   bind_digest(broadcast);
   bind_snapshot(broadcast);
   bind_publish(broadcast);

@@ -197,6 +197,9 @@ def diff(
     threads: int = 0,
     implementation: str | None = None,
 ) -> tuple[npt.NDArray[np.uint32], list[bytes], int]: ...
+def encode_block(
+    positions: npt.NDArray[np.uint32], values: _Memory, elements: int, itemsize: int
+) -> tuple[int, bytes]: ...
 def diff_implementations() -> list[str]: ...
 def decode_block(
     descriptor: int, payload: bytes, elements: int, itemsize: int

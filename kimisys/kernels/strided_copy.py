@@ -7,25 +7,27 @@ ones keep a device as busy as one large one.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import TypeAlias
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kimisys._core.reshard import copy_table
-from kimisys.errors import BufferMismatchError, LayoutError
+from kimisys.kernels.tensors import (
+    Tensors,
+    arrays,
+    check_contiguous,
+    chosen,
+    on,
+    one_device,
+    with_triton,
+)
 from kimisys.reshard import Plan
 from kimisys.reshard import implementations as on_cpu
 
-Tensors: TypeAlias = Mapping[tuple[int, str], torch.Tensor]
-
 FORCED = "KIMISYS_STRIDED_COPY_IMPLEMENTATION"
-_REMEDY = "install triton, and unset TRITON_INTERPRET"
 
 
 def implementations(device: torch.device | str = "cpu") -> list[str]:
@@ -34,12 +36,7 @@ def implementations(device: torch.device | str = "cpu") -> list[str]:
     "triton" on a GPU; on the CPU those of ``kimisys.reshard``. Where Triton's interpreter is on
     (``TRITON_INTERPRET=1`` when Triton is imported), "triton" is for the CPU instead.
     """
-    has_triton = importlib.util.find_spec("triton") is not None
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if torch.device(device).type == "cuda":
-        # the interpreter runs on the host, where the table's addresses would not be memory
-        return ["triton"] if has_triton and not interpreted else []
-    return [*on_cpu(), "triton"] if has_triton and interpreted else on_cpu()
+    return with_triton(on_cpu(), device)
 
 
 class Bound:
@@ -76,57 +73,16 @@ def bind(
             device, or a destination overlaps another tensor. Nothing has been written then.
         LayoutError: the device has no such implementation, or none at all.
     """
-    device = _device(sources, destinations)
-    known = implementations(device)
-    name = implementation or os.environ.get(FORCED) or (known[0] if known else "triton")
-    if name not in known:
-        raise LayoutError(
-            f"unknown strided copy implementation '{name}' (argument or {FORCED}) on {device}: "
-            f"there {'is ' + ', '.join(known) if known else 'is none: ' + _REMEDY}"
-        )
-    _check_contiguous(sources, "source")
-    _check_contiguous(destinations, "destination")
+    device = one_device(source=sources, destination=destinations)
+    name = chosen("strided copy", implementation, FORCED, implementations(device), device)
+    check_contiguous(sources, "source")
+    check_contiguous(destinations, "destination")
     if name == "triton":
         return Bound(plan, name, _launch(plan, sources, destinations, device))
     # Unless one was asked for, kimisys.reshard decides, which has a variable of its own.
     asked = name if implementation or os.environ.get(FORCED) else None
-    execution = plan.bind(_arrays(sources), _arrays(destinations), implementation=asked)
+    execution = plan.bind(arrays(sources), arrays(destinations), implementation=asked)
     return Bound(plan, asked or "kimisys.reshard", execution.run)
-
-
-def _device(sources: Tensors, destinations: Tensors) -> torch.device:
-    """The one device of all tensors; the CPU where there are none."""
-    first: tuple[str, tuple[int, str], torch.device] | None = None
-    for side, tensors in (("source", sources), ("destination", destinations)):
-        for key, tensor in tensors.items():
-            if first is None:
-                first = (side, key, tensor.device)
-            elif tensor.device != first[2]:
-                raise BufferMismatchError(
-                    f"{side} buffer '{key[1]}' of rank {key[0]} is on {tensor.device}, and "
-                    f"{first[0]} buffer '{first[1][1]}' of rank {first[1][0]} on {first[2]}; bring "
-                    "all tensors of a plan to one device"
-                )
-    if first is not None and first[2].type not in ("cpu", "cuda"):
-        raise BufferMismatchError(f"tensors on {first[2]}: only CPU and CUDA devices are supported")
-    return torch.device("cpu") if first is None else first[2]
-
-
-def _check_contiguous(tensors: Tensors, side: str) -> None:
-    for (rank, name), tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise BufferMismatchError(
-                f"{side} buffer '{name}' of rank {rank} is a tensor of shape {tuple(tensor.shape)} "
-                f"with strides {tensor.stride()}; pass a contiguous one (a fragment of the layout "
-                "may have strides instead)"
-            )
-
-
-def _arrays(tensors: Tensors) -> dict[tuple[int, str], npt.NDArray[np.uint8]]:
-    return {
-        key: tensor.detach().reshape(-1).view(torch.uint8).numpy()
-        for key, tensor in tensors.items()
-    }
 
 
 def _addresses(tensors: Tensors) -> dict[tuple[int, str], tuple[int, int]]:
@@ -148,7 +104,7 @@ def _launch(
         assert held
         if len(tiles) == 0:
             return
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(device):
             kernel.strided_copy[(len(tiles),)](
                 *on_device, rows.shape[1], words, kernel.BLOCK, kernel.BLOCKS, num_warps=4
             )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from kimisys.kernels.elements_kernel import narrowed
+
 # Columns of a row, and of each axis behind them, as in csrc/reshard/table.h.
 SOURCE, DESTINATION, WORD, AXES, WORDS, FIRST_TILE, AXIS = range(7)
 AXIS_COLUMNS = 5
@@ -71,13 +73,6 @@ def _words(row, first, block, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _narrowed(bits):
-    """float32 -> bfloat16 bits: to nearest, ties to even, NaNs to 0x7fc0 (csrc/base/dtype.h)."""
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
-
-
-@triton.jit
 def _lanes(address, place, LANE: tl.constexpr, LANES: tl.constexpr):
     """Pointers [n, LANES] to the lanes of each word at `place` [n, 1]. Triton is told that words
     are aligned, and sees their lanes side by side: it moves each by one instruction."""
@@ -109,7 +104,7 @@ def _narrow(row, source, destination, first, LANES: tl.constexpr, BLOCK: tl.cons
         at, to = _places(row, word)
         mask = tl.broadcast_to(there, (BLOCK, LANES))
         bits = tl.load(_lanes(source, at, tl.uint32, LANES), mask=mask, other=0)
-        tl.store(_lanes(destination, to, tl.uint16, LANES), _narrowed(bits), mask=mask)
+        tl.store(_lanes(destination, to, tl.uint16, LANES), narrowed(bits), mask=mask)
 
 
 @triton.jit
@@ -136,7 +131,7 @@ def _cast_bytes(row, source, destination, first, FROM: tl.constexpr, TO: tl.cons
         bits = tl.zeros([BLOCK, 1], tl.uint32)
         for byte in tl.static_range(FROM):
             bits |= tl.load(read + byte, mask=there, other=0).to(tl.uint32) << (8 * byte)
-        bits = _narrowed(bits).to(tl.uint32) if TO == 2 else bits << 16
+        bits = narrowed(bits).to(tl.uint32) if TO == 2 else bits << 16
         for byte in tl.static_range(TO):
             tl.store(written + byte, ((bits >> (8 * byte)) & 0xFF).to(tl.uint8), mask=there)
 
