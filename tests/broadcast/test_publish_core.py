@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import Buffers, layouts, tensors
+from worlds import Buffers, Values, layouts, random_values, scatter, tensors
 
 from kimisys._core.broadcast import PublisherCore
 from kimisys.broadcast import Snapshot, digest, snapshot_layout
@@ -18,11 +18,14 @@ from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor, plan
 DTYPES = ("float32", "bfloat16", "uint8", "int64")
 
 
-def change(buffers: Buffers, density: float, random: np.random.Generator) -> None:
-    """New bits for some bytes; none of them makes a NaN, whose payload a cast need not keep."""
-    for buffer in buffers.values():
-        hit = random.random(buffer.size) < density
-        buffer[hit] = random.integers(0, 0x7F, int(hit.sum()), dtype=np.uint8)
+def changed(values: Values, density: float, random: np.random.Generator) -> Values:
+    """New bits for some elements; none of them a NaN, whose payload a cast need not keep."""
+    result: Values = {}
+    for name, old in values.items():
+        bits = random.integers(0, 0x7F, (*old.shape, old.itemsize), dtype=np.uint8)
+        new = bits.view(old.dtype).reshape(old.shape)
+        result[name] = np.where(random.random(old.shape) < density, new, old)
+    return result
 
 
 def expected(live: Layout, snapshot: Layout, rank: int, buffers: Buffers) -> Buffers:
@@ -48,12 +51,11 @@ def test_any_layout_is_published(data: st.DataObject) -> None:
         memory = Snapshot.create(here.buffers[0].nbytes, len(here.tensors), log_nbytes)
         counted = snapshot.cover().of_rank(rank)
         core = PublisherCore(live.of_rank(rank), here, counted, memory)
-        buffers = {
-            (b.rank, b.name): np.zeros(b.nbytes, np.uint8) for b in live.of_rank(rank).buffers
-        }
+        values = {name: np.zeros_like(bits) for name, bits in random_values(live).items()}
         for version in range(1, 6):
             full = version > 1 and data.draw(st.booleans())
-            change(buffers, data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])), random)
+            values = changed(values, data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])), random)
+            buffers = scatter(live.of_rank(rank), values)
             done = core.publish(version, buffers, full=full, threads=2)
             filled = expected(live, snapshot, rank, buffers)
             assert bytes(memoryview(memory)) == filled[rank, "snapshot"].tobytes()
