@@ -152,7 +152,7 @@ inline void locate_any(const Walk& walk, const std::uint32_t* positions, const s
 
 // Calls work(tile) for tile after tile of the changes in the target. While one is worked on, the
 // lines of the next are on their way.
-template <typename Word, bool kForWriting, typename Work>
+template <typename Word, typename Work>
 [[gnu::always_inline]] inline void for_tiles(const Walk& walk, const Changes& all,
                                              const std::byte* buffer, Work work) {
   const Changes changes = restricted(walk, all, sizeof(Word));
@@ -178,7 +178,8 @@ template <typename Word, bool kForWriting, typename Work>
       locate_rows<Word, false>(walk, positions, values, count, ahead);
     }
     for (std::size_t i = 0; i < ahead.count; ++i) {
-      __builtin_prefetch(buffer + ahead.offset[i], kForWriting ? 1 : 0);
+      // Into the second-level cache: more fetches can be on their way there than to the first.
+      __builtin_prefetch(buffer + ahead.offset[i], 0, 2);
     }
     work(tiles[1 - next]);
     if (count == 0) break;
@@ -189,16 +190,16 @@ template <typename Word>
 [[gnu::always_inline]] inline std::uint64_t measure_all(const Walk& walk, const Changes& changes,
                                                         const std::byte* buffer) {
   std::uint64_t sum = 0;
-  for_tiles<Word, false>(walk, changes, buffer,
-                         [&](const Tile<Word>& tile) __attribute__((always_inline)) {
-                           std::array<Word, kTile> old;
-                           for (std::size_t i = 0; i < tile.count; ++i)
-                             old[i] = load<Word>(buffer + tile.offset[i]);
-                           for (std::size_t i = 0; i < tile.count; ++i) {
-                             sum += mix(tile.counter[i], bits_of(tile.fresh[i]));
-                             sum -= mix(tile.counter[i], bits_of(old[i]));
-                           }
-                         });
+  for_tiles<Word>(walk, changes, buffer,
+                  [&](const Tile<Word>& tile) __attribute__((always_inline)) {
+                    std::array<Word, kTile> old;
+                    for (std::size_t i = 0; i < tile.count; ++i)
+                      old[i] = load<Word>(buffer + tile.offset[i]);
+                    for (std::size_t i = 0; i < tile.count; ++i) {
+                      sum += mix(tile.counter[i], bits_of(tile.fresh[i]));
+                      sum -= mix(tile.counter[i], bits_of(old[i]));
+                    }
+                  });
   return sum;
 }
 
@@ -206,13 +207,13 @@ template <typename Word>
 [[gnu::always_inline]] inline std::int64_t write_all(const Walk& walk, const Changes& changes,
                                                      std::byte* buffer) {
   std::size_t written = 0;
-  for_tiles<Word, true>(walk, changes, buffer,
-                        [&](const Tile<Word>& tile) __attribute__((always_inline)) {
-                          for (std::size_t i = 0; i < tile.count; ++i) {
-                            std::memcpy(buffer + tile.offset[i], &tile.fresh[i], sizeof(Word));
-                          }
-                          written += tile.count;
-                        });
+  for_tiles<Word>(walk, changes, buffer,
+                  [&](const Tile<Word>& tile) __attribute__((always_inline)) {
+                    for (std::size_t i = 0; i < tile.count; ++i) {
+                      std::memcpy(buffer + tile.offset[i], &tile.fresh[i], sizeof(Word));
+                    }
+                    written += tile.count;
+                  });
   return static_cast<std::int64_t>(written);
 }
 

@@ -114,11 +114,12 @@ class Engine:
         deadline: Deadline,
     ) -> None:
         try:
-            batch = self._submit(session, local, remote, sizes, deadline)
-            status, pause = 0, _LOOK_SECONDS[0]
-            while batch and (status := self._transfer.transfer_check_status(batch)) == 0:
-                time.sleep(min(pause, deadline.remaining()))
-                pause = min(2 * pause, _LOOK_SECONDS[1])
+            # One transfer each: of a batch of several, transfer_check_status sees the first alone.
+            transfers = [
+                self._submit(session, [to], [source], [nbytes], deadline)
+                for to, source, nbytes in zip(local, remote, sizes, strict=True)
+            ]
+            sound = [self._wait(each, deadline) for each in transfers]  # all, whatever one did
         except TimeoutError as error:
             self._lost = (
                 f"Mooncake at {session} did not answer within {deadline.seconds:g} s; see whether "
@@ -126,11 +127,19 @@ class Engine:
             )
             _abandoned.append((self._transfer, self._staging))
             raise SnapshotError(self._lost) from error
-        if not batch or status != 1:
+        if not all(sound):
             raise SnapshotError(
                 f"Mooncake could not read from {session}: its process has ended, or does not "
                 "export this memory any more; connect again with a new card"
             )
+
+    def _wait(self, transfer: int, deadline: Deadline) -> bool:
+        """Whether the transfer succeeded. Raises TimeoutError."""
+        status, pause = 0, _LOOK_SECONDS[0]
+        while transfer and (status := self._transfer.transfer_check_status(transfer)) == 0:
+            time.sleep(min(pause, deadline.remaining()))
+            pause = min(2 * pause, _LOOK_SECONDS[1])
+        return status == 1
 
     def _submit(
         self,
@@ -140,7 +149,7 @@ class Engine:
         sizes: list[int],
         deadline: Deadline,
     ) -> int:
-        """The batch's number; 0 when it was refused. Raises TimeoutError."""
+        """The transfer's number; 0 when it was refused. Raises TimeoutError."""
         if session in self._opened:
             return int(self._transfer.batch_transfer_async_read(session, local, remote, sizes))
         # The first transfer also shakes hands, and waits for that without a deadline of ours.
