@@ -246,7 +246,7 @@ class Remote:
         the transport too: the record's digest increments tell."""
         packed = np.empty(int((payload[:, 1] - payload[:, 0]).sum()), np.uint8)
         with self._named():
-            self.memory.read(self.stage_ranges(entry, payload), memoryview(packed), deadline)
+            self.memory.read(self.stage_ranges(entry, payload), packed.data, deadline)
         return packed if self.intact(entry.position, deadline) else None
 
     def intact(self, position: int, deadline: Deadline) -> bool:
@@ -297,7 +297,7 @@ class Remote:
         start = np.array([position % self.parts.log_nbytes], np.int64)
         size = np.array([nbytes], np.int64)
         raw = np.empty(nbytes, np.uint8)
-        self.memory.read(self._ring(start, 0 * size, size), memoryview(raw), deadline)
+        self.memory.read(self._ring(start, 0 * size, size), raw.data, deadline)
         return raw.tobytes()
 
     def _ring(
