@@ -2,14 +2,19 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cstring>
-#include <memory>
+#include <optional>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "base/error.h"
 #include "broadcast/log.h"
+#include "broadcast/snapshot.h"
 #include "expect.h"
 
 namespace kimisys::broadcast {
@@ -191,6 +196,60 @@ TEST_CASE("bytes wrap around the ring") {
     CHECK(ring.at(at + 23) == std::byte{0});
     CHECK(ring.log.tail() <= at);
   }
+}
+
+// A record's payload is its version, over and over. Nothing when the record was overwritten.
+std::optional<bool> read_last(const Snapshot& memory) {
+  const auto word = [&](std::size_t offset) {
+    std::uint64_t value = 0;
+    const Snapshot::Range range{static_cast<std::int64_t>(offset), 0, 8};
+    memory.read({&range, 1}, std::as_writable_bytes(std::span(&value, 1)));
+    return value;
+  };
+  const std::uint64_t position = word(kWordsOffset + 16);
+  if (position == kNone) return {};
+  // Word by word, so that records that wrap need nothing more.
+  std::vector<std::uint64_t> words(37);
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    words[i] = word(memory.parts().log_offset + (position + 8 * i) % memory.parts().log_nbytes);
+  }
+  if (word(kWordsOffset + 24) > position) return {};
+  const Record record = Record::parse(std::as_bytes(std::span(words)).first(160));
+  return std::all_of(words.begin() + 20, words.end(),
+                     [&](std::uint64_t each) { return each == record.version; });
+}
+
+TEST_CASE("readers of the log beside its writer get whole records") {
+  Snapshot writer = Snapshot::create(0, 0, 1000);  // three records of 296 bytes
+  const Snapshot mapped = Snapshot::open(writer.descriptor());
+  std::atomic<bool> done = false;
+  std::array<std::atomic<int>, 2> whole = {0, 0};
+  std::atomic<int> torn = 0;
+  const auto follow = [&](const Snapshot& memory, std::atomic<int>& count) {
+    while (!done) {
+      if (const std::optional<bool> sound = read_last(memory)) ++(*sound ? count : torn);
+      std::this_thread::yield();
+    }
+  };
+  std::thread same_map([&] { follow(writer, whole[0]); });
+  std::thread other_map([&] { follow(mapped, whole[1]); });
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(120);
+  for (std::uint64_t version = 1; (version < 3000 || whole[0] < 100 || whole[1] < 100) &&
+                                  std::chrono::steady_clock::now() < deadline;
+       ++version) {
+    Draft draft = *Draft::begin(writer.log(), version, version - 1, 1, 1, 2);
+    const std::vector<std::uint64_t> payload(17, version);
+    draft.append(*draft.reserve(8 * 17), std::as_bytes(std::span(payload)));
+    draft.finish({0}, {{0, version}}, {0, 0}, 1);
+    writer.log().publish(draft.position());
+    if (version % 4 == 0) std::this_thread::yield();
+  }
+  done = true;
+  same_map.join();
+  other_map.join();
+  CHECK(whole[0] >= 100);
+  CHECK(whole[1] >= 100);
+  CHECK(torn == 0);
 }
 
 TEST_CASE("a draft that does not fit its room is refused") {
