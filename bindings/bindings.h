@@ -11,10 +11,10 @@ void bind_symbolic(pybind11::module_& reshard);  // called by bind_reshard
 void bind_table(pybind11::module_& module);
 void bind_route(pybind11::module_& reshard);  // called by bind_reshard
 void bind_broadcast(pybind11::module_& module);
-void bind_scatter(pybind11::module_& broadcast);   // called by bind_broadcast
+void bind_scatter(pybind11::module_& broadcast);  // called by bind_broadcast
 void bind_snapshot(pybind11::module_& broadcast);  // called by bind_broadcast
 void bind_publish(pybind11::module_& broadcast);   // called by bind_broadcast
-void bind_delta(pybind11::module_& broadcast);     // called by bind_broadcast
+void bind_delta(pybind11::module_& broadcast);  // called by bind_broadcast
 void bind_quantize(pybind11::module_& module);
 void bind_matrix(pybind11::module_& module);
 
