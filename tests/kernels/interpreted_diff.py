@@ -275,3 +275,27 @@ def test_rounding_agrees_on_every_kind_of_number(lanes: int) -> None:
         [block[1].offset[0] + p for block, p in zip(blocks, changes.positions, strict=True)]
     )
     np.testing.assert_array_equal(places, np.arange(0, len(bits), 3))
+
+
+def test_one_after_another_beside_the_core() -> None:
+    """What a block was before, whole above all, does not show in what it is."""
+    held = matrix("float32", 5, 1024)
+    to = snapshot_layout(held, "bfloat16")
+    random = np.random.default_rng(0)
+    weights = torch.from_numpy(random.integers(0, 256, held.buffers[0].nbytes, "u1"))
+    memories = [torch.zeros(to.buffers[0].nbytes, dtype=torch.uint8) for _ in "ab"]
+    bound = [
+        bind(held, to, to, {(0, "x"): weights}, memory, name)
+        for memory, name in zip(memories, ["triton", implementations("cpu")[0]], strict=True)
+    ]
+    kinds = []
+    for density in (1.0, 0.97, 0.9, 1.0, 0.01, 0.5):
+        ours, theirs = (each.run() for each in bound)
+        np.testing.assert_array_equal(ours.descriptors, theirs.descriptors)
+        assert list(ours.payloads) == list(theirs.payloads)
+        np.testing.assert_array_equal(ours.increments, theirs.increments)
+        assert ours.changed == theirs.changed and torch.equal(*memories)
+        kinds.append(int(ours.descriptors[0]) & 3)
+        words = weights.view(torch.int32)
+        words[torch.from_numpy(random.random(len(words)) < density)] ^= 1 << 20
+    assert set(kinds) >= {1, 2, 3}
