@@ -4,8 +4,9 @@
 brings the snapshot up to date and says what changed. The snapshot may lie on the live weights'
 device, or in page-locked memory of the host, which the device reads and writes where it lies.
 
-On a GPU the kernels have not been run: tests/gpu has their tests. Everything else is tested with
-Triton's interpreter.
+The kernels have not been run on a GPU, where tests/gpu would test and measure them; they are tested
+in Triton's interpreter and compiled for Hopper. ``kimisys.broadcast.Publisher`` does not use them
+yet: it takes live weights in the memory of the host.
 """
 
 from __future__ import annotations

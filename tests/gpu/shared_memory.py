@@ -24,7 +24,6 @@ def registered(nbytes: int) -> Iterator[torch.Tensor]:
         os.close(descriptor)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     runtime = torch.cuda.cudart()
-    torch.cuda.init()
     code = runtime.cudaHostRegister(tensor.data_ptr(), nbytes, _MAPPED)
     assert int(code) == 0, f"cudaHostRegister: error {code}"
     try:

@@ -16,6 +16,7 @@ from interpreter import run_interpreted
 from kimisys.broadcast import snapshot_layout
 from kimisys.errors import BufferMismatchError, LayoutError
 from kimisys.kernels import diff_kernel as kernel
+from kimisys.kernels import elements
 from kimisys.kernels.diff import FORCED, bind, implementations
 from kimisys.kernels.diff_table import make_tables
 from kimisys.reshard import Buffer, Fragment, Layout, Region, Tensor
@@ -171,8 +172,18 @@ def test_take_compiles_for_hopper(live: int, wire: int, boxes: bool, tmp_path: P
     assert made.spills == 0
 
 
-def test_the_same_bits_are_the_same_table(tmp_path: Path) -> None:
-    """Neighbouring dimensions without a seam are one axis: rows need one division less."""
+def test_division_by_multiplication_is_exact() -> None:
+    """At both ends of every quotient, for all extents of a block and of some dimensions."""
+    largest = 1 << 18
+    near = {n + d for n in (1 << np.arange(1, 19)) for d in (-1, 0, 1)} & set(range(1, largest + 1))
+    for extent in sorted(near | set(range(1, largest + 1, 997))):
+        first = np.arange(0, largest, extent, dtype=np.int64)
+        for place in (first, np.minimum(first + extent - 1, largest - 1)):
+            np.testing.assert_array_equal(place * elements.magic(extent) >> elements.DIVISION,
+                                          place // extent)  # fmt: skip
+
+
+def test_dimensions_without_a_seam_are_one_axis() -> None:
     live = matrix("bfloat16", 64, 96)
     blocks = [(0, Region([0, 0], [64, 96])), (0, Region([0, 48], [64, 48]))]
     (table,) = make_tables(live, live, live, blocks, {"x": 1 << 40}, 1 << 41, kernel.TILE)
