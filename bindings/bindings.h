@@ -15,7 +15,7 @@ void bind_scatter(pybind11::module_& broadcast);   // called by bind_broadcast
 void bind_snapshot(pybind11::module_& broadcast);  // called by bind_broadcast
 void bind_publish(pybind11::module_& broadcast);   // called by bind_broadcast
 void bind_delta(pybind11::module_& broadcast);     // called by bind_broadcast
-void bind_encode(pybind11::module_& broadcast);  // called by bind_broadcast
+void bind_encode(pybind11::module_& broadcast);    // called by bind_broadcast
 void bind_quantize(pybind11::module_& module);
 void bind_matrix(pybind11::module_& module);
 
