@@ -23,7 +23,8 @@ from bench.harness import Case, Record, machine, measure_all
 
 
 def names() -> list[str]:
-    """The benchmarks: the modules here that define `GROUPS`; a package is a part of one."""
+    """The benchmarks: the modules here that define `GROUPS`; a package is a part of one, or, as
+    bench.density, a study with a command of its own."""
     found = (
         m.name
         for m in pkgutil.iter_modules(bench.__path__)

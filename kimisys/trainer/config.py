@@ -220,6 +220,10 @@ class TrainConfig(RunConfig):
                 f"--prompts {self.prompts} does not divide into --minibatches {self.minibatches} "
                 "of whole groups"
             )
+        if self.control_engine and self.freeze_engine:
+            raise ConfigError(
+                "--freeze-engine leaves --control-engine nothing to compare: give one of the two"
+            )
 
     def ranges(self) -> list[Range]:
         return [

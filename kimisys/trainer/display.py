@@ -91,12 +91,12 @@ def _add_deltas(table: Table, summary: Summary) -> None:
     if summary.delta_bytes_total is None or summary.full_bytes_total is None:
         return
     received = (
-        f"{summary.delta_bytes_total / 1e6:.1f} MB received, "
-        f"{summary.full_bytes_total / 1e6:.1f} MB if all had come whole"
+        f"{summary.delta_bytes_total / 1e6:.1f} MB, "
+        f"{summary.full_bytes_total / 1e6:.1f} MB if every version had come whole"
     )
     if summary.delta_density_median is not None:
         received += f"; {summary.delta_density_median:.2%} of the weights change, in the median"
-    table.add_row("of these by deltas", received)
+    table.add_row("received by the engines", received)
     if summary.control_compared is not None:
         agreed = f"computed the same bits in each of {summary.control_compared} versions"
         table.add_row("the control engine", agreed)

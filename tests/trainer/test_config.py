@@ -32,6 +32,7 @@ def test_the_recipe_itself_is_legal() -> None:
         ({"steps": 0}, "--steps is 0"),
         ({"samples": 1}, "--samples is 1"),
         ({"minibatches": 5}, "--prompts 64 does not divide"),
+        ({"control_engine": True, "freeze_engine": True}, "--freeze-engine leaves"),
         ({"learning_rate": -1.0}, "--learning-rate"),
         ({"learning_rate": float("nan")}, "--learning-rate"),
         ({"tau": -0.1}, "--tau"),

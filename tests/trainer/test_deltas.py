@@ -35,7 +35,7 @@ def test_an_engine_fed_by_deltas_is_the_one_that_is_fed_whole(
     assert full and summary["full_bytes_total"] == (STEPS + 1) * full
     received = [step.delta_bytes or 0 for step in steps]
     first = summary["delta_bytes_total"] - sum(received)
-    assert first == full  # nothing to build on yet
+    assert full < first < 1.01 * full  # nothing to build on yet; headers and digests are read too
     if sparse:
         assert max(densities) < 0.15  # type: ignore[type-var]
         assert max(received) < 0.4 * full
