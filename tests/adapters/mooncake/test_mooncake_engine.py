@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
+from worlds import split
 
-from kimisys.adapters.mooncake import Engine
+from kimisys.adapters.mooncake import Engine, Export
+from kimisys.adapters.mooncake.card import Card
+from kimisys.broadcast import Publisher, snapshot_layout
 from kimisys.broadcast.wire import Deadline
 from kimisys.errors import SnapshotError
 
@@ -62,3 +66,18 @@ def test_a_read_waits_for_another_no_longer_than_its_deadline(engine: Engine) ->
     engine.read(engine.session, memory.ctypes.data, ONE, memoryview(into), Deadline(10))
     assert into == memory.tobytes()  # it goes on
     engine.unregister(memory)
+
+
+def test_a_card_that_another_export_replaced_is_left_alone(engine: Engine, tmp_path: Path) -> None:
+    live, card = split("w", "bfloat16", (4, 4), 0, 1), tmp_path / "card"
+    snapshot = snapshot_layout(live)
+    with (
+        Publisher(live, snapshot, 0, tmp_path / "old") as old,
+        Publisher(live, snapshot, 0, tmp_path / "new") as new,
+    ):
+        first = Export(old, engine, card)
+        second = Export(new, engine, card)
+        first.close()
+        assert Card.read(card).address == new.mapped().ctypes.data
+        second.close()
+        assert not card.exists()
