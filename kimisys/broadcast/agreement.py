@@ -103,7 +103,8 @@ class Ranks:
                 raise failure
             finally:
                 del failure  # it holds this frame: memory that it reaches would stay
-        failed = [r for r, said in zip(self._ranks, rows[:, 0], strict=True) if said == 2]
+        said = zip(self._ranks, rows[:, 0].tolist(), strict=True)
+        failed = [rank for rank, status in said if status == _Status.FAILED]
         if failed:
             raise PeerFailedError(
                 f"ranks {failed} of the engine failed in this pull, so rank "

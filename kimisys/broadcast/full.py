@@ -71,7 +71,7 @@ class Full:
 
     def _land(self) -> Part:
         pull = self._pull
-        self._look_at_the_clock()
+        self._look_at_the_clock(", ".join(self._remote(rank).who for rank in pull.sources))
         with pull.tally.phase("read"):
             self._stands = {rank: self._stand(rank) for rank in pull.sources}
         pull.held.version = None
@@ -121,7 +121,7 @@ class Full:
             try:
                 return _Stand(state, state.version, remote.digests(state, deadline))
             except SnapshotError:
-                self._look_at_the_clock()
+                self._look_at_the_clock(remote.who)
                 if remote.state(deadline).sequence == state.sequence:
                     raise  # not because it began to write
 
@@ -138,20 +138,20 @@ class Full:
         if stand.version == version:
             return []
         while (remote.newest(self._pull.deadline) or 0) < version:
-            self._look_at_the_clock()
+            self._look_at_the_clock(remote.who)
             time.sleep(_PAUSE)
         return self._pull.chain(rank, stand.version, version)
 
     def _remote(self, rank: int) -> Remote:
         return self._pull.sources[rank].remote
 
-    def _look_at_the_clock(self) -> None:
+    def _look_at_the_clock(self, who: str) -> None:
         deadline = self._pull.deadline
         try:
             deadline.remaining()
         except TimeoutError as error:
             raise SnapshotError(
-                f"no whole version could be read within {deadline.seconds:g} s: the publishers "
-                "overtook every attempt, or did not come to one version; publish less often, give "
-                "them a larger log, or wait longer"
+                f"{who}: no whole version could be read within {deadline.seconds:g} s: it overtook "
+                "every attempt, or did not come to the version of the others; publish on every "
+                "rank, less often, with a larger log, or wait longer"
             ) from error

@@ -67,11 +67,16 @@ class Peers:
             )
 
     def remotes(self, deadline: Deadline) -> dict[int, tuple[Remote, Meter]]:
-        """A reader's own view of each publisher, by trainer rank, and what counts its reads."""
+        """A reader's own view of each publisher, by trainer rank, and what counts its reads.
+
+        Raises SnapshotError when a memory cannot be read, or is no longer what its manifest says.
+        """
         made: dict[int, tuple[Remote, Meter]] = {}
         for each in self._found:
             meter = Meter(each.memory)
-            made[each.manifest.rank] = each.remote(meter, deadline), meter
+            remote = each.remote(meter, deadline)
+            _check_memory(each, remote.parts)  # read anew, so checked anew
+            made[each.manifest.rank] = remote, meter
         return made
 
     def close(self) -> None:

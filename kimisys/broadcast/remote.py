@@ -94,6 +94,8 @@ class Remote:
         with self._named():
             sequence = self._words(WORDS_OFFSET, 1, deadline)
             version, last, tail = self._words(WORDS_OFFSET + 8, 3, deadline)
+            if version != _NONE:
+                _check_version(version)
         return State(
             sequence[0],
             None if version == _NONE else version,
@@ -171,6 +173,7 @@ class Remote:
             if nbytes != len(raw):
                 raw = self._log(position, nbytes, deadline)
             found = Record.parse(raw)
+            self._check_record(found)
             self._record_nbytes = nbytes
         except SnapshotError as damage:
             error = damage
@@ -291,6 +294,22 @@ class Remote:
             )
         return Entry(position, record)
 
+    def _check_record(self, record: Record) -> None:
+        """What a record cannot know of itself. Its size too: it is what was read last that counts,
+        and a peer may have written another since its length was looked at."""
+        _check_version(record.version)
+        if record.nbytes > self.parts.log_nbytes:
+            raise SnapshotError(
+                f"the record of version {record.version} has {record.nbytes} bytes in a log of "
+                f"{self.parts.log_nbytes}; pull in full"
+            )
+        if record.tensors.size and int(record.tensors[-1]) >= self.parts.digest_count:
+            raise SnapshotError(
+                f"the record of version {record.version} changes the digest of tensor "
+                f"{int(record.tensors[-1])} of {self.parts.digest_count}; install the same kimisys "
+                "on both sides"
+            )
+
     def _log(self, position: int, nbytes: int, deadline: Deadline) -> bytes:
         if self.parts.log_nbytes == 0 or position % 8 != 0:
             raise SnapshotError(f"no record can begin at byte {position} of the log")
@@ -334,3 +353,11 @@ class Remote:
             yield
         except SnapshotError as error:
             raise SnapshotError(f"{self.who}: {error}") from error
+
+
+def _check_version(version: int) -> None:
+    if version >= 1 << 63:
+        raise SnapshotError(
+            f"it announces version {version}, and versions are below 2^63: its memory is damaged; "
+            "make a new publisher and connect again"
+        )

@@ -164,9 +164,10 @@ class Subscriber:
             timeout_seconds: for all waits for publishers together.
 
         Raises:
-            VersionError: a publisher does not have the version, or no longer. LayoutError:
-            ``combine`` is needed and missing. BufferMismatchError: a buffer is missing, read-only
-            or has another size. Until then nothing has changed. SnapshotError: a publisher is gone,
+            VersionError: a publisher does not have the version. LayoutError: ``combine`` is needed
+            and missing. BufferMismatchError: a buffer is missing, read-only or has another size.
+            Until then nothing has changed. VersionError, too: the version was overwritten while it
+            was read in full (``self.version`` is None then). SnapshotError: a publisher is gone,
             failed or died while writing, or was faster until the deadline, or what it wrote is
             malformed; or another rank of the engine failed. DigestError: what came is not what was
             published; the tensors are named.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from worlds import AllReduce, on_threads
 
-from kimisys.broadcast.agreement import Answers, OvertakenError, Part, Ranks
+from kimisys.broadcast.agreement import Answers, OvertakenError, Part, PeerFailedError, Ranks
 from kimisys.errors import SnapshotError
 
 
@@ -42,7 +42,7 @@ def test_one_that_fails_is_heard_by_all() -> None:
     found = rounds(3, lambda rank: lambda: fail(lost) if rank == 1 else Part())
     assert found[1] is lost
     for rank in (0, 2):
-        assert type(found[rank]) is SnapshotError
+        assert type(found[rank]) is PeerFailedError  # a SnapshotError
         assert f"ranks [13] of the engine failed in this pull, so rank {10 * rank + 3}" in str(
             found[rank]
         )

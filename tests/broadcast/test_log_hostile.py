@@ -150,3 +150,49 @@ def test_records_that_lead_nowhere_end_the_walk(lap: int) -> None:
     remote = Remote(Forged(content), "publisher", DEADLINE)
     with pytest.raises(SnapshotError, match="the log is malformed"):
         remote.chain(1, 6, DEADLINE)
+
+
+def only_record(log_nbytes: int, payload_nbytes: int, tensor: int = 0) -> Snapshot:
+    """Version 2 on 1, the first record of the log."""
+    snapshot = Snapshot.create(8, 1, log_nbytes)
+    snapshot.begin(1)
+    snapshot.commit(np.zeros(1, np.uint64))
+    snapshot.begin(2)
+    draft = Draft.begin(snapshot, 2, 1, 1, 1, 1)
+    assert draft is not None and draft.reserve(payload_nbytes) is not None
+    zeros, one = np.zeros(1, np.uint64), np.array([tensor], np.uint32)
+    draft.finish(zeros, one, zeros, np.zeros(1, np.uint32), 0)
+    snapshot.publish_record(draft.position)
+    snapshot.commit(np.zeros(1, np.uint64))
+    return snapshot
+
+
+def test_a_record_that_grows_between_two_looks_is_refused() -> None:
+    snapshot, larger = only_record(LOG_NBYTES, 8), only_record(100 * LOG_NBYTES, 50 * LOG_NBYTES)
+    start, end = snapshot.parts.log_offset, RECORD_HEADER_NBYTES + 24
+    other = image(larger)[larger.parts.log_offset :][:end]
+
+    class Growing(Forged):
+        def read(self, ranges: Ranges, into: memoryview, deadline: Deadline) -> None:
+            super().read(ranges, into, deadline)
+            if ranges[0, 0] == start:
+                self.content[start : start + end] = other
+
+    remote = Remote(Growing(image(snapshot)), "publisher", DEADLINE)
+    with pytest.raises(SnapshotError, match=r"publisher: .* bytes in a log of 1000"):
+        remote.record(0, DEADLINE)
+    assert Remote(Forged(image(snapshot)), "publisher", DEADLINE).record(0, DEADLINE) is not None
+
+
+def test_a_tensor_that_no_layout_has_is_refused() -> None:
+    remote = Remote(Forged(image(only_record(LOG_NBYTES, 8, tensor=1))), "publisher", DEADLINE)
+    with pytest.raises(SnapshotError, match=r"publisher: .* digest of tensor 1 of 1"):
+        remote.chain(1, 2, DEADLINE)
+
+
+def test_a_version_that_no_publisher_counts_to_is_refused() -> None:
+    content = image(only_record(LOG_NBYTES, 8))
+    put(content, WORDS_OFFSET + 8, 1 << 63)
+    remote = Remote(Forged(content), "publisher", DEADLINE)
+    with pytest.raises(SnapshotError, match=r"publisher: .* versions are below 2"):
+        remote.newest(DEADLINE)

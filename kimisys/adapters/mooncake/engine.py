@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -64,20 +65,25 @@ class Engine:
         self._staging = np.empty(staging_nbytes, np.uint8)
         self._opened: set[str] = set()
         self._lost = ""
+        # Kept mapped as long as the engine may read or write it.
+        self._registered: dict[int, npt.NDArray[np.uint8]] = {}
         self.register(self._staging)
 
     def register(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Lets peers read this memory. Raises SnapshotError when the engine refuses."""
+        """Lets peers read this memory, which lives at least until it is unregistered. Raises
+        SnapshotError when the engine refuses."""
         if self._transfer.register_memory(memory.ctypes.data, memory.nbytes) != 0:
             raise SnapshotError(
                 f"Mooncake refuses to register {memory.nbytes} bytes; its own log says why (for "
                 "RDMA the limit of locked memory may be too low)"
             )
+        self._registered[memory.ctypes.data] = memory
 
     def unregister(self, memory: npt.NDArray[np.uint8]) -> None:
         """Peers cannot read it any more. Raises SnapshotError when the engine refuses."""
         if self._transfer.unregister_memory(memory.ctypes.data) != 0:
             raise SnapshotError("Mooncake does not know the memory that was to be unregistered")
+        self._registered.pop(memory.ctypes.data, None)
 
     def read(
         self, session: str, address: int, ranges: Ranges, into: memoryview, deadline: Deadline
@@ -86,9 +92,10 @@ class Engine:
 
         Raises:
             SnapshotError: the peer is gone or refuses, or the deadline passed. After the latter the
-            engine reads no more: a late transfer could still write to its buffer.
+            engine reads no more: a late transfer could still write to its buffer. (Only where it
+            passed while another thread was reading, the engine goes on.)
         """
-        with self._lock:
+        with self._turn(session, deadline):
             for batch in _batches(ranges, self._staging.nbytes):
                 if self._lost:
                     raise SnapshotError(self._lost)
@@ -104,6 +111,24 @@ class Engine:
                 target = np.frombuffer(into, np.uint8)
                 for (_, local, size), place in zip(batch.tolist(), places.tolist(), strict=True):
                     target[local : local + size] = self._staging[place : place + size]
+
+    @contextmanager
+    def _turn(self, session: str, deadline: Deadline) -> Iterator[None]:
+        """The staging buffer, for one thread at a time."""
+        try:
+            mine = self._lock.acquire(timeout=min(deadline.remaining(), threading.TIMEOUT_MAX))
+        except TimeoutError:
+            mine = False
+        if not mine:
+            raise SnapshotError(
+                f"nothing was read from Mooncake at {session} within {deadline.seconds:g} s: time "
+                "had passed before, or another thread's read took it; wait longer, or make an "
+                "Engine for each thread"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _transfer_batch(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import TracebackType
 
@@ -31,18 +32,23 @@ class Export:
         self._memory = publisher.mapped()
         engine.register(self._memory)
         self._open = True
+        self._inode: int | None = None  # of the card, once it is written
         try:
             address, nbytes = self._memory.ctypes.data, self._memory.nbytes
             Card(engine.session, address, nbytes, publisher.manifest).write(self.card)
+            self._inode = self.card.lstat().st_ino
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Removes the card and takes the memory back. Idempotent."""
+        """Removes the card, unless another has replaced it, and takes the memory back. Idempotent.
+        Raises SnapshotError when the engine refuses."""
         if self._open:
             self._open = False
-            self.card.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if self.card.lstat().st_ino == self._inode:
+                    self.card.unlink()
             self._engine.unregister(self._memory)
 
     def __enter__(self) -> Export:
