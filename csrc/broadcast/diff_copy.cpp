@@ -1,7 +1,7 @@
 // Blocks copied whole: cast, copied and digested in one pass over memory.
 #include <algorithm>
 #include <array>
-#include <cstring>
+#include <cstdint>
 
 #include "broadcast/diff.h"
 #include "broadcast/diff_band.h"

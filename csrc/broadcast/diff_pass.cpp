@@ -5,7 +5,6 @@
 #include "broadcast/diff.h"
 #include "broadcast/diff_band.h"
 #include "reshard/box.h"
-#include "reshard/implementation.h"
 
 namespace kimisys::broadcast {
 
