@@ -14,6 +14,7 @@
 #include "broadcast/diff.h"
 #include "convert.h"
 #include "memory.h"
+#include "reshard/stream.h"
 
 namespace kimisys::bindings {
 namespace {
@@ -112,6 +113,7 @@ class BoundDiff {
       parallel_for(diff_.blocks().chunk_count(), call.threads, [&](std::size_t chunk) {
         std::vector<std::uint64_t> sums(digests.size(), 0);
         diff_.copy(chunk, call.live_memory, call.snapshot_data, sums, call.kernel);
+        reshard::finish_streaming();
         const std::lock_guard lock(adding);
         for (std::size_t t = 0; t < sums.size(); ++t) digests[t] += sums[t];
       });

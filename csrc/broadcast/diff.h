@@ -61,6 +61,7 @@ class Diff {
                ChunkDelta& out, const DiffKernel& kernel);
 
   // Copies a chunk whole and adds its digests to `sums` (one per tensor of the snapshot's layout).
+  // Writes past the caches: the thread calls reshard::finish_streaming() afterwards.
   void copy(std::size_t chunk, const std::vector<const std::byte*>& live, std::byte* snapshot,
             std::vector<std::uint64_t>& sums, const DiffKernel& kernel);
 
@@ -100,6 +101,8 @@ class Diff {
   std::int64_t count_whole(const Band& band, std::size_t member, const DiffKernel& kernel) const;
   void replace(const Band& band, std::size_t member, std::int64_t count, std::byte* snapshot,
                ChunkDelta& out, const DiffKernel& kernel);
+  // Of a band all of which counts: the sums of its members.
+  static std::vector<std::uint64_t> copy_whole(const Band& band, const DiffKernel& kernel);
   void copy_rows(const Band& band, std::size_t member, const DiffKernel& kernel) const;
   void finish(const Band& band, std::size_t member, const ChangeList& changes, std::byte* snapshot,
               ChunkDelta& out, const DiffKernel& kernel);

@@ -1,6 +1,7 @@
 // The blocks that the diff walks over together.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -30,5 +31,17 @@ struct Diff::Band {
             walk.run.live_stride, walk.run.snapshot_stride};
   }
 };
+
+inline std::size_t width_of(DType dtype) {
+  return static_cast<std::size_t>(std::countr_zero(static_cast<unsigned>(itemsize(dtype))));
+}
+
+// The parts of a region that the digests count.
+std::vector<reshard::Region> counted_parts(const reshard::Region& region,
+                                           const std::vector<reshard::Region>& counted);
+
+inline bool is_whole(const reshard::Region& region, const std::vector<reshard::Region>& parts) {
+  return parts.size() == 1 && parts[0] == region;
+}
 
 }  // namespace kimisys::broadcast

@@ -1,12 +1,10 @@
 // The passes of the diff over one chunk.
 #include <algorithm>
-#include <bit>
 
 #include "broadcast/code.h"
 #include "broadcast/diff.h"
 #include "broadcast/diff_band.h"
 #include "reshard/box.h"
-#include "reshard/implementation.h"
 
 namespace kimisys::broadcast {
 
@@ -18,23 +16,6 @@ namespace {
 // A change in a list costs as much to sum as three elements in a row (2.8 to 3.4, measured on Zen 4
 // with each kernel): a block with more changes is summed anew.
 constexpr std::size_t kElementsPerChange = 3;
-
-std::size_t width_of(DType dtype) {
-  return static_cast<std::size_t>(std::countr_zero(static_cast<unsigned>(itemsize(dtype))));
-}
-
-// The parts of a region that the digests count.
-std::vector<Region> counted_parts(const Region& region, const std::vector<Region>& counted) {
-  std::vector<Region> parts;
-  for (const Region& box : counted) {
-    if (const auto part = reshard::intersect(region, box)) parts.push_back(*part);
-  }
-  return parts;
-}
-
-bool is_whole(const Region& region, const std::vector<Region>& parts) {
-  return parts.size() == 1 && parts[0] == region;
-}
 
 // The changes of a block, all of which count.
 std::uint64_t sum_changes(const ChangeList& changes, const Walk& walk, std::uint64_t counter,
@@ -136,26 +117,6 @@ void add_increment(std::vector<std::pair<std::size_t, std::uint64_t>>& increment
 
 }  // namespace
 
-std::uint64_t Diff::sum_parts(const Pair& pair, const std::vector<Region>& parts,
-                              const std::byte* snapshot, const DiffKernel& kernel) {
-  const RunSum sum = kernel.runs[width_of(pair.to)];
-  std::uint64_t total = 0;
-  for (const Region& part : parts) {
-    const Walk walk = make_walk(part.extent, pair.snapshot_strides, pair.snapshot_strides,
-                                pair.shape, {1, 0, itemsize(pair.to), 1});
-    const std::byte* data = snapshot + pair.snapshot_offset +
-                            distance(pair.region.offset, part.offset, pair.snapshot_strides);
-    const std::int64_t index = flat_index(part.offset, pair.shape);
-    Odometer at(walk);
-    for (std::int64_t i = 0; i < walk.runs; ++i, at.next()) {
-      total += sum(data + at.snapshot(), walk.run.extent, walk.run.snapshot_stride,
-                   counter_of(pair.key, index + at.index()),
-                   static_cast<std::uint64_t>(walk.run.index_stride) * kGolden);
-    }
-  }
-  return total;
-}
-
 std::uint64_t Diff::increment(const Band& band, std::size_t member, const ChangeList& changes,
                               const std::byte* snapshot, const DiffKernel& kernel) {
   const Pair& pair = *band.pair;
@@ -230,18 +191,6 @@ void Diff::replace(const Band& band, std::size_t member, std::int64_t count, std
   add_whole(band.walk, band.members[member].snapshot, band.elements, pair.to, kernel, out);
 }
 
-void Diff::copy_rows(const Band& band, std::size_t member, const DiffKernel& kernel) const {
-  const bool dense = band.dense && kernel.name != reshard::kNaive;
-  const reshard::Row row = reshard::choose_row(
-      band.pair->from, band.pair->to, dense ? reshard::RowKind::kDense : reshard::RowKind::kStrided,
-      *kernel.rows);
-  Odometer at(band.walk);
-  for (std::int64_t i = 0; i < band.walk.runs; ++i, at.next()) {
-    const Run run = band.run(band.members[member], at);
-    row(run.count, run.live, run.live_stride, run.snapshot, run.snapshot_stride);
-  }
-}
-
 void Diff::compare(std::size_t chunk, const std::vector<const std::byte*>& live,
                    std::byte* snapshot, ChunkDelta& out, const DiffKernel& kernel) {
   out.payload.clear();
@@ -278,22 +227,6 @@ void Diff::compare(std::size_t chunk, const std::vector<const std::byte*>& live,
       } else {
         finish(band, m, out.scratch[m], snapshot, out, kernel);
       }
-    }
-  }
-}
-
-void Diff::copy(std::size_t chunk, const std::vector<const std::byte*>& live, std::byte* snapshot,
-                std::vector<std::uint64_t>& sums, const DiffKernel& kernel) {
-  for (const auto& [first, last] : bands(chunk)) {
-    const Band band = this->band(first, last, live, snapshot);
-    const Pair& pair = *band.pair;
-    for (std::size_t m = 0; m < band.members.size(); ++m) {
-      copy_rows(band, m, kernel);
-      const Band::Member& member = band.members[m];
-      const Region& region = blocks_.blocks()[member.block].region;
-      sums_[member.block] = {sum_parts(pair, counted_parts(region, pair.counted), snapshot, kernel),
-                             true, false};
-      sums[pair.tensor] += sums_[member.block].value;
     }
   }
 }

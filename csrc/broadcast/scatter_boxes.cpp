@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "broadcast/digest_kernels.h"
+#include "broadcast/digest_stream.h"
 #include "broadcast/mix.h"
-#include "broadcast/scatter_stream.h"
 #include "reshard/stream.h"
 
 namespace kimisys::broadcast {
@@ -16,9 +16,6 @@ namespace {
 // Bytes that pass through private memory at once: in the first-level cache, they are digested there
 // and then written out.
 constexpr std::size_t kPiece = 4096;
-
-// From here on a dense piece is written past the caches.
-constexpr std::size_t kStream = 512;
 
 using Piece = std::array<std::byte, kPiece>;
 
@@ -61,7 +58,7 @@ std::uint64_t run(const Box& box, const BoxWork& work, const Loops& loops, const
   const std::int64_t most = static_cast<std::int64_t>(kPiece) / box.itemsize;
   const bool dense = axis.source_stride == box.itemsize && axis.byte_stride == box.itemsize;
   if (loops.stream != nullptr && dense && work.write && work.add_new && !work.subtract_old &&
-      axis.extent * box.itemsize >= static_cast<std::int64_t>(kStream) &&
+      axis.extent * box.itemsize >= kStreamBytes &&
       reinterpret_cast<std::uintptr_t>(destination) % static_cast<std::size_t>(box.itemsize) == 0) {
     return loops.stream(destination, source, axis.extent, counter, axis.counter_step);
   }
@@ -87,7 +84,7 @@ std::uint64_t run(const Box& box, const BoxWork& work, const Loops& loops, const
     if (!work.write) continue;
     if (axis.byte_stride != box.itemsize) {
       loops.spread(piece.data(), count, to, axis.byte_stride);
-    } else if (nbytes < kStream || work.subtract_old) {
+    } else if (count * box.itemsize < kStreamBytes || work.subtract_old) {
       std::memcpy(to, piece.data(), nbytes);
     } else {
       reshard::stream_bytes(to, piece.data(), nbytes);

@@ -143,7 +143,7 @@ std::int64_t Scatter::apply(std::span<const Staged* const> staged, const Memorie
   check_staged(staged);
   const std::vector<Memory> memory = checked(destinations, false);
   const ElementKernel& kernel = kernel_named(implementation_);
-  const std::vector<Task> tasks = tasks_of(staged);
+  std::vector<Task> tasks = tasks_of(staged);
   const bool sound = std::all_of(staged.begin(), staged.end(), [](const Staged* each) {
     return each->sound_->load(std::memory_order_relaxed);
   });
@@ -152,6 +152,11 @@ std::int64_t Scatter::apply(std::span<const Staged* const> staged, const Memorie
       if (tasks[i].change->descriptor.kind != Kind::kWhole) decoded(tasks[i]);
     });
   }
+  // Where only some buffers are given, most blocks may have nothing in them: those are not decoded.
+  std::erase_if(tasks, [&](const Task& task) {
+    return std::ranges::none_of(
+        task.list(), [&](const Target& target) { return memory[target.buffer].data != nullptr; });
+  });
   std::atomic<std::int64_t> written = 0;
   parallel_for(tasks.size(), threads,
                [&](std::size_t i) { written += write_block(tasks[i], kernel, memory); });

@@ -6,7 +6,7 @@
 
 #include "broadcast/scatter_boxes.h"
 #include "broadcast/scatter_elements.h"
-#include "broadcast/scatter_stream.h"
+#include "broadcast/digest_stream.h"
 #include "reshard/sample.h"
 #include "reshard/stream.h"
 

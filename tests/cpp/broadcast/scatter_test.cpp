@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <set>
 
 #include "base/error.h"
@@ -63,9 +64,52 @@ TEST_CASE("measured, landed and applied: the sums are the digests' and the bytes
       }
     }
     CHECK(sums == increments);
-    scatter.apply(list, store.memories(), 2);
+    // In two halves: the first leaves the buffers of the second alone.
+    Store landed = store;
+    for (const std::size_t half : {std::size_t{0}, std::size_t{1}}) {
+      reshard::Memories some = store.memories();
+      for (std::size_t b = 1 - half; b < some.size(); b += 2) some[b].reset();
+      scatter.apply(list, some, 2);
+      for (std::size_t b = 1; half == 0 && b < some.size(); b += 2) {
+        const Buffer& buffer = world.destination->buffers()[b];
+        CHECK(store.at(buffer.rank, buffer.name) == landed.at(buffer.rank, buffer.name));
+      }
+    }
     CHECK(store == expected);
   }
+}
+
+TEST_CASE("blocks with nothing in the buffers that are given are not decoded") {
+  const std::int64_t n = 2048;
+  const auto to = share(
+      Layout({{"a", DType::kUInt8, {n}}, {"b", DType::kUInt8, {n}}}, {{0, "a", n}, {0, "b", n}},
+             {{"a", {{0}, {n}}, 0, "a", 0, {1}}, {"b", {{0}, {n}}, 0, "b", 0, {1}}}));
+  const auto from = share(one_buffer(*to));
+  const Scatter scatter(make_plan(from, to), std::vector{*to});
+  const std::vector<std::uint32_t> positions = {1, 5};
+  const std::array<std::byte, 2> values = {std::byte{1}, std::byte{2}};
+  Record record;
+  Bytes payload;
+  record.chunk_offsets = {0};
+  for (int block = 0; block < 2; ++block) {
+    record.descriptors.push_back(encode(positions, values.data(), n, 1, payload).word());
+  }
+  record.payload_nbytes = payload.size();
+  const Staged staged = scatter.stage(0, record, payload);
+  const std::vector<const Staged*> list = {&staged};
+  Store store(*to);
+  scatter.measure(list, store.memories());
+  // Against the contract, so that a look at the codes of b shows.
+  std::fill(payload.begin() + static_cast<std::ptrdiff_t>(payload.size() / 2), payload.end(),
+            std::byte{0xff});
+  reshard::Memories a = store.memories();
+  a[1].reset();
+  CHECK(scatter.apply(list, a) == 2);
+  CHECK(store.at(0, "a")[1] == std::byte{1});
+  CHECK(store.at(0, "a")[5] == std::byte{2});
+  reshard::Memories b = store.memories();
+  b[0].reset();
+  CHECK_THROWS_AS(scatter.apply(list, b), Error);
 }
 
 TEST_CASE("a full pull by windows equals the plan's execution and the digests") {

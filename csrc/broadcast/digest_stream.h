@@ -7,6 +7,9 @@
 
 namespace kimisys::broadcast {
 
+// From so many bytes on a dense run is worth writing past the caches.
+inline constexpr std::int64_t kStreamBytes = 512;
+
 // Copies `count` elements and returns the sum of mix over them, as RunSum does. `destination` lies
 // on an element. Each is read once: what is summed is what is written. The thread calls
 // reshard::finish_streaming() afterwards.

@@ -1,4 +1,4 @@
-#include "broadcast/scatter_stream.h"
+#include "broadcast/digest_stream.h"
 
 #if defined(__x86_64__)
 // GCC 12 takes the undefined operands of its own header for a mistake of the caller (GCC 105593).
