@@ -8,7 +8,8 @@
 namespace kimisys::reshard {
 
 // destination[column * rows + row] = source[row * columns + column]; both have rows x columns
-// elements and do not overlap. Written through the caches, where the reader will find it.
+// elements and do not overlap. Written through the caches, where the reader will find it, unless it
+// is larger than they are.
 // threads: 0 means hardware_threads().
 void transpose_matrix(const std::uint16_t* source, std::uint16_t* destination, std::size_t rows,
                       std::size_t columns, std::size_t threads);

@@ -23,6 +23,17 @@ def test_as_numpy_does(rows: int, columns: int, threads: int, seed: int) -> None
     assert (around[:64] == 0xABCD).all() and (around[64 + source.size :] == 0xABCD).all()
 
 
+@pytest.mark.parametrize("offset", [0, 3])  # elements from a line's start: 3 cannot be streamed to
+def test_larger_than_the_caches(offset: int) -> None:
+    source = np.random.default_rng(1).integers(0, 1 << 16, (8192, 1056), np.uint16)
+    around = np.full(source.size + 128, 0xABCD, np.uint16)
+    begin = (-around.ctypes.data % 64) // 2 + offset
+    destination = around[begin : begin + source.size].reshape(1056, 8192)
+    transpose(source, destination, 2)
+    assert np.array_equal(destination, source.T)
+    assert (around[:begin] == 0xABCD).all() and (around[begin + source.size :] == 0xABCD).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     source, destination = np.ones((3, 40), np.uint16), np.zeros((40, 3), np.uint16)
     for wrong, given_ in (
