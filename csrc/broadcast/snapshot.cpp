@@ -120,8 +120,8 @@ void Snapshot::read(std::span<const Range> ranges, std::span<std::byte> into) co
                   range.offset, " of a snapshot of ", parts_.nbytes, " bytes to byte ", range.into,
                   " of ", into.size());
   }
-  // Orders what was read before, of data() too, before these reads: they may be the look at sequence
-  // or tail that confirms it. And these before every later read, which may confirm them.
+  // Orders what was read before, of data() too, before these reads: they may be the look at
+  // sequence or tail that confirms it. And these before every later read, which may confirm them.
   std::atomic_thread_fence(std::memory_order_acquire);
   for (const Range& range : ranges) {
     load_bytes(address(), static_cast<std::size_t>(range.offset), into.data() + range.into,
