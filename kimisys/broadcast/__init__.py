@@ -1,12 +1,13 @@
-"""Publish once, pull anywhere: versioned snapshots in shared memory, verified by digest.
+"""Publish what changed, pull anywhere: versioned snapshots in shared memory, verified by digest.
 
-A trainer rank's ``Publisher`` copies its shards into shared memory, with layout-independent
-digests beside them. An engine worker's ``Subscriber`` maps the memory of all publishers, reads
-straight from it what its plan needs, and compares the digests of what landed. Needs numpy alone.
+A trainer rank's ``Publisher`` keeps a snapshot of its shards in shared memory, layout-independent
+digests and a log of what changed beside it. An engine worker's ``Subscriber`` reads the records
+since the version that it holds, or its share whole, maps them through its plan to its own elements,
+and verifies them by digest. Needs numpy alone; docs/broadcast.md explains it.
 
     snapshot = snapshot_layout(Layout.merge(live_layouts), "bfloat16")
     with Publisher(live_layouts[rank], snapshot, rank, folder / f"rank{rank}.sock") as publisher:
-        publisher.publish(1, live_buffers)
+        publisher.publish(1, live_buffers)      # the first in full, later ones by deltas
 
     peers = connect(addresses)                  # peers.layout: what is published
     subscriber = Subscriber(peers, engine_layout, engine_rank)

@@ -89,7 +89,8 @@ class Subscriber:
     Raises:
         LayoutError: a dtype differs from the published one, or the destination holds only a part of
             some tensor, so that its digest can never be compared.
-        PlanError: the published weights cannot fill the destination.
+        PlanError: the published weights cannot fill the destination. ValueError: ``verify_every``
+        is below 1.
     """
 
     def __init__(
@@ -100,6 +101,8 @@ class Subscriber:
                 f"rank {rank} is not in the destination's layout, whose ranks are "
                 f"{sorted(destination.ranks)}; pass the merged layout of all engine ranks"
             )
+        if verify_every < 1:
+            raise ValueError(f"verify_every is {verify_every}; it must be 1 at least")
         self._peers = peers
         self.rank = rank
         self._verify_every = verify_every

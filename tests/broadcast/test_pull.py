@@ -314,6 +314,8 @@ def test_destinations_that_cannot_be_verified_are_refused(folder: Path) -> None:
             Subscriber(peers, engine(2).of_rank(0), 0)
         with pytest.raises(PlanError, match="'extra'"):
             Subscriber(peers, whole("extra", "bfloat16", (2,), 1), 0)
+        with pytest.raises(ValueError, match="verify_every is 0"):
+            Subscriber(peers, engine(1), 0, verify_every=0)
 
 
 def test_absent_tensors_are_listed_and_not_compared(folder: Path) -> None:
