@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from vllm import LLM, SamplingParams
 
-from kimisys.adapters.vllm import pack
-
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 28, 0, 17, 11]
 
 
@@ -68,11 +66,9 @@ def main(case: dict[str, Any]) -> None:
     llm.init_weight_transfer_engine({"init_info": {"addresses": [case["address"]]}})
     if case["stale"]:
         llm.collective_rpc(own_copies)
-        attention = pack._attention
-        pack._attention = lambda model: []
+        llm.collective_rpc(leave_attention)
         update(llm)
         found["stale"] = probe(llm)
-        pack._attention = attention
         llm.collective_rpc(forget)
     update(llm)
     found["updated"] = probe(llm)
@@ -95,9 +91,18 @@ def own_copies(worker: Any) -> None:
                 setattr(module, name, torch.nn.Parameter(copy, requires_grad=False))
 
 
+def leave_attention(worker: Any) -> None:
+    """What MLA absorbs is not derived again."""
+    packer = worker.weight_transfer_engine._packer
+    packer._left, packer._attention = packer._attention, []
+
+
 def forget(worker: Any) -> None:
-    """So that the same version may come again."""
-    worker.weight_transfer_engine.status.version = None
+    """So that the same version may come again, and be packed whole."""
+    transfer = worker.weight_transfer_engine
+    transfer._packer._attention = transfer._packer._left
+    transfer._behind = type(transfer._behind)()
+    transfer.status.version = None
 
 
 if __name__ == "__main__":
