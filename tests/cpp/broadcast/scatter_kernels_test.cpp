@@ -4,9 +4,9 @@
 #include <bit>
 #include <random>
 
+#include "broadcast/digest_stream.h"
 #include "broadcast/scatter_boxes.h"
 #include "broadcast/scatter_elements.h"
-#include "broadcast/digest_stream.h"
 #include "reshard/sample.h"
 #include "reshard/stream.h"
 
