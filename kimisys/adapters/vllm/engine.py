@@ -266,13 +266,16 @@ class Engine:
         return kind(f"{reason}; restart the engine")
 
     def _ask(self, llm: LLMEngine, method: str, *arguments: Any) -> list[Any]:
-        """The answers of all ranks. Raises EngineTimeoutError when one does not come in time."""
+        """The answers of all ranks. Raises EngineTimeoutError when one does not come in time,
+        EngineError when vLLM has lost one."""
         seconds = self.config.timeout_seconds
+        asked = " ".join(map(str, [method, *arguments[:1]]))
         try:
             return llm.collective_rpc(method, timeout=seconds, args=arguments)
+        except RuntimeError as error:  # of the executor: what a rank's method raises is an answer
+            raise self._break(f"{self._whole()} failed at {asked}: {error}") from error
         except TimeoutError as error:
             # A late answer would be taken for the answer to the next call.
-            asked = " ".join(map(str, [method, *arguments[:1]]))
             reason = f"ranks of {self._whole()} did not answer {asked} within {seconds:g} s"
             raise self._break(reason, EngineTimeoutError) from error
 

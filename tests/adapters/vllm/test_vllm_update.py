@@ -188,6 +188,17 @@ def test_ranks_that_do_not_answer_are_named_and_end_serving() -> None:
     with_engine(work)
 
 
+def test_an_executor_that_lost_a_rank_ends_serving_by_name() -> None:
+    async def work(engine: Engine, ranks: Ranks) -> None:
+        await engine.update(1)
+        ranks.fail["start_weight_update"] = raising(RuntimeError("Executor failed."))
+        with pytest.raises(EngineError, match=r"some-model.*start_weight_update: Executor failed"):
+            await engine.update(2)
+        assert engine.version is None
+
+    with_engine(work)
+
+
 def test_every_call_ends_though_the_engine_does_not_answer() -> None:
     """The first finds a rank that hangs, the others wait for their turn behind it."""
 
