@@ -49,7 +49,7 @@ def _stage(peers: Peers, scatter: Scatter, version: int) -> Staged:
 
 
 def cases(total: int, density: float) -> Iterator[Case]:
-    """Without and with what verifies the delta before it is written."""
+    """Writing alone, and with what verifies the delta before."""
     versions = Versions(total, density, "random")
     scatter, steps = staged(versions)  # the live version is again the first
     turns = count()
@@ -60,13 +60,20 @@ def cases(total: int, density: float) -> Iterator[Case]:
         versions.turn()
         number[0] = next(turns) % 2
 
+    def turn_and_measure() -> None:
+        turn()
+        measure()
+
     counted: list[int] = []
 
     def apply() -> None:
         counted[:] = [scatter.apply([steps[number[0]]], {(0, "w"): written})]
 
-    def measured() -> None:
+    def measure() -> None:
         scatter.measure([steps[number[0]]], {(0, "w"): written})
+
+    def both_ways() -> None:
+        measure()
         apply()
 
     def correct() -> bool:
@@ -89,12 +96,16 @@ def cases(total: int, density: float) -> Iterator[Case]:
     def agree() -> bool:
         return all(torch.equal(each, both[live()]) for each in (masked, chosen))
 
-    for name, ours in (("scatter", apply), ("scatter, measured before", measured)):
+    # A pull applies what it has measured, which is then known to be sound.
+    for name, before, ours in (
+        ("scatter", turn_and_measure, apply),
+        ("measure and scatter", turn, both_ways),
+    ):
         yield Case(
             f"{name}, {100 * density:g} % random, {total // MIB} MiB",
             ours,
             {"torch x[mask] = values": write_masked, "torch.where": choose},
             correct,
             agree=agree,
-            before=turn,
+            before=before,
         )
