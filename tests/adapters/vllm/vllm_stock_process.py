@@ -1,7 +1,8 @@
 """vLLM's own ``LLM`` with the backend ``kimisys``, as a script: what it serves at which moment.
 
-Arguments: a model folder, a publisher's address, the file for the answers (JSON). Nothing of
-kimisys is imported here: vLLM finds the backend by its entry point.
+Arguments: a model folder, a publisher's address, the file for the answers (JSON). When it serves
+version 1 it makes the file `answers.1`, and goes on when it is told so by a line on its standard
+input. Nothing of kimisys is imported here: vLLM finds the backend by its entry point.
 """
 
 from __future__ import annotations
@@ -29,22 +30,28 @@ def main(folder: str, address: str, answers: str) -> None:
     )
     found = {"random": generate(llm)}
     llm.init_weight_transfer_engine({"init_info": {"addresses": [address]}})
-    update(llm)
+    update(llm, 1)
     found["updated"] = generate(llm)
     engine = llm.collective_rpc(lambda worker: worker.weight_transfer_engine)[0]
+    Path(answers).with_suffix(".1").touch()
+    sys.stdin.readline()
+    update(llm, 2)
+    llm.reset_prefix_cache()
+    found["by deltas"] = generate(llm)
+    found["base"], found["changed"] = engine.status.base, engine.status.changed
     engine.status.version = 0  # so that the same version may come again
     engine._packer.pack = fail
     try:
-        update(llm)
+        update(llm, 2)
     except OSError as error:
         found["update"] = str(error)
     found["broken"] = generate(llm)
     Path(answers).write_text(json.dumps(found))
 
 
-def update(llm: LLM) -> None:
+def update(llm: LLM, version: int) -> None:
     llm.start_weight_update()
-    llm.update_weights({"update_info": {"version": 1}})
+    llm.update_weights({"update_info": {"version": version}})
     llm.finish_weight_update()
 
 
