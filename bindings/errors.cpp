@@ -18,7 +18,7 @@ struct Class {
   const char* doc;
 };
 
-constexpr std::array<Class, 7> kClasses = {{
+constexpr std::array<Class, 8> kClasses = {{
     {ErrorCode::kLayout, "LayoutError", "A bad layout, region or shape, or its text form."},
     {ErrorCode::kPlan, "PlanError", "A plan is impossible, or its proof failed."},
     {ErrorCode::kBufferMismatch, "BufferMismatchError",
@@ -28,6 +28,8 @@ constexpr std::array<Class, 7> kClasses = {{
     {ErrorCode::kVersion, "VersionError", "The version is not published, or does not increase."},
     {ErrorCode::kDigest, "DigestError", "The digests of the two sides differ."},
     {ErrorCode::kNotFinite, "NotFiniteError", "A weight is NaN or infinite where it must not be."},
+    {ErrorCode::kScheduler, "SchedulerError",
+     "A rollout configuration, event or trace that makes no sense."},
 }};
 
 using Classes = std::array<PyObject*, kClasses.size()>;

@@ -7,6 +7,7 @@ from kimisys._core import (
     LayoutError,
     NotFiniteError,
     PlanError,
+    SchedulerError,
     SnapshotError,
     VersionError,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "LayoutError",
     "NotFiniteError",
     "PlanError",
+    "SchedulerError",
     "SnapshotError",
     "TraceError",
     "VersionError",

@@ -19,6 +19,7 @@ ALLOWED = {
     "kimisys.errors": {"kimisys._core"},
     "kimisys.reshard": {"numpy", "scipy", "torch", "kimisys._core", "kimisys.errors"},
     "kimisys.broadcast": {"numpy", "kimisys._core", "kimisys.errors", "kimisys.reshard"},
+    "kimisys.rollout": {"numpy", "kimisys._core", "kimisys.errors"},
     "kimisys.kernels": {
         "numpy", "torch", "triton", "kimisys._core", "kimisys.errors", "kimisys.reshard",
     },
@@ -30,7 +31,7 @@ ALLOWED = {
     },
     "kimisys.adapters.vllm": {
         "numpy", "torch", "vllm", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast",
-        "kimisys.adapters.trace_cache",
+        "kimisys.rollout", "kimisys.adapters.trace_cache",
     },
     "kimisys.adapters.dtensor": {
         "numpy", "torch", "transformers", "kimisys.errors", "kimisys.reshard",
@@ -40,8 +41,8 @@ ALLOWED = {
     "kimisys.adapters": set(),
     "kimisys.trainer": {
         "numpy", "torch", "rich", "tyro", "matplotlib", "tokenizers", "transformers", "jinja2",
-        "msgspec", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast", "kimisys.rl",
-        "kimisys.rewards", "kimisys.adapters",
+        "msgspec", "kimisys.errors", "kimisys.reshard", "kimisys.broadcast", "kimisys.rollout",
+        "kimisys.rl", "kimisys.rewards", "kimisys.adapters",
     },
 }  # fmt: skip
 
@@ -98,7 +99,7 @@ def test_an_upward_arrow_is_seen() -> None:
     assert upward("kimisys.broadcast.publisher", "def f():\n  import torch") == ["torch"]
 
 
-@pytest.mark.parametrize("primitive", ["reshard", "broadcast"])
+@pytest.mark.parametrize("primitive", ["reshard", "broadcast", "rollout"])
 def test_a_primitive_costs_numpy_alone(primitive: str) -> None:
     code = (
         f"import sys, kimisys.{primitive}; "

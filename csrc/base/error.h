@@ -17,6 +17,7 @@ enum class ErrorCode {
   kVersion,         // VersionError: not the published version, or not increasing
   kDigest,          // DigestError: digests of the two sides differ
   kNotFinite,       // NotFiniteError: a weight that is NaN or infinite
+  kScheduler,       // SchedulerError: a rollout configuration, event or trace that makes no sense
 };
 
 class Error : public std::runtime_error {

@@ -11,6 +11,7 @@ CLASSES = [
     errors.VersionError,
     errors.DigestError,
     errors.NotFiniteError,
+    errors.SchedulerError,
 ]
 
 
