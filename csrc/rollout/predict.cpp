@@ -118,6 +118,10 @@ double Predictor::rest(const State& state, Slot trajectory) const {
   const Trajectory& predicted = state.trajectories[trajectory];
   const auto tokens = static_cast<double>(predicted.tokens);
   const auto limit = static_cast<double>(predicted.limit);
+  if (truth_) {
+    const auto length = truth_(state.group_of(trajectory).id, predicted.sample);
+    return std::max(1.0, std::min(static_cast<double>(length), limit) - tokens);
+  }
   const Outlook told = outlook(state, trajectory);
   double rest = -1;
   if (told.told) rest = lognormal_rest(told.mean, told.deviation, tokens, limit);

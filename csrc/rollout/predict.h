@@ -4,7 +4,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <functional>
+#include <utility>
 
 #include "rollout/state.h"
 #include "rollout/survival.h"
@@ -19,6 +20,11 @@ class Predictor {
 
   // Output tokens still to come, in expectation: at least 1, at most what its limit leaves. O(k).
   double rest(const State& state, Slot trajectory) const;
+
+  // For simulations alone: from now on `rest` is what the true length leaves, so that a policy can
+  // be compared with itself knowing the future.
+  using Truth = std::function<std::int64_t(GroupId group, std::uint32_t sample)>;
+  void reveal(Truth truth) { truth_ = std::move(truth); }
 
   // How far siblings' lengths follow each other, 0 to 1 (intraclass correlation of the logarithms).
   double correlation() const { return correlation_; }
@@ -42,6 +48,7 @@ class Predictor {
     double groups = 0;    // that gave a pair
   };
 
+  Truth truth_;
   Survival lengths_;
   Pairs pairs_;
   double correlation_ = 0;

@@ -210,3 +210,15 @@ TEST_CASE("predict: old lengths fade as a policy in training changes") {
   const Slot asked = world.sample(world.group(1), 0);
   CHECK(predictor.rest(world.state, asked) > 3000);
 }
+
+TEST_CASE("predict: an oracle that was revealed is believed") {
+  PolicyWorld world;
+  Predictor predictor;
+  const Slot group = world.group(2, 100, 1000);
+  predictor.reveal([&](GroupId id, std::uint32_t sample) {
+    return id == world.state.groups[group].id ? 700 + 1000 * std::int64_t{sample} : 0;
+  });
+  world.state.trajectories[world.sample(group, 0)].tokens = 300;
+  CHECK(predictor.rest(world.state, world.sample(group, 0)) == 400);
+  CHECK(predictor.rest(world.state, world.sample(group, 1)) == 1000);  // its limit
+}
