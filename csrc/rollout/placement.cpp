@@ -3,9 +3,12 @@
 #include <algorithm>
 
 #include "rollout/concurrency.h"
+#include "rollout/queue.h"
 
 namespace kimisys::rollout {
 namespace {
+
+constexpr double kLeastQuantum = 1.0 / 8;  // of the limit
 
 // All of a group to one engine, groups in turn; where that has no room, to the next that has.
 EngineId place_group(const State& state, const Predictor& predictor, Slot trajectory) {
@@ -40,6 +43,18 @@ bool serves(const State& state, const Engine& engine) {
 double step_time(const Config& config, const Engine& engine) {
   return config.step_cost + config.sequence_cost * static_cast<double>(engine.sequences) +
          config.kv_cost * static_cast<double>(engine.kv_tokens);
+}
+
+bool yields(const State& state, const Predictor& predictor, Slot running, Slot waiting) {
+  if (waiting == kNoSlot || !by_potential(state.config)) return false;
+  const Trajectory& one = state.trajectories[running];
+  const auto run = static_cast<double>(one.tokens - one.segment_start);
+  if (run < static_cast<double>(one.segment_start) || one.phase != Phase::kRunning) return false;
+  // The pause costs KV that is computed again: it must be small against what was done with it.
+  if (run < std::max(predictor.typical(), kLeastQuantum * static_cast<double>(one.limit))) {
+    return false;
+  }
+  return predictor.potential(state, running) < predictor.potential(state, waiting);
 }
 
 EngineId place(const State& state, const Predictor& predictor, Slot trajectory) {

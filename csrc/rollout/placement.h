@@ -17,6 +17,12 @@ EngineId place(const State& state, const Predictor& predictor, Slot trajectory);
 // then placed by `place`. O(engines) where there is nothing to do.
 std::vector<Slot> moves(const State& state, const Predictor& predictor);
 
+// Whether a running trajectory is to be paused for `waiting`, the first of the queue, which may yet
+// take longer: in iterations that end when everything has finished, after it has run for as long
+// again as before and a typical length. Asked when a lease is heard of and something waits. O(1)
+// until then, O(k) afterwards.
+bool yields(const State& state, const Predictor& predictor, Slot running, Slot waiting);
+
 // Microseconds of a step of the engine with what runs there.
 double step_time(const Config& config, const Engine& engine);
 
