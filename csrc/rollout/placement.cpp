@@ -14,11 +14,12 @@ constexpr double kLeastQuantum = 1.0 / 8;  // of the limit
 EngineId place_group(const State& state, const Predictor& predictor, Slot trajectory) {
   std::vector<const Engine*> turn;
   for (const Engine& engine : state.engines) {
-    if (serves(state, engine)) turn.push_back(&engine);
+    if (will_serve(state, engine)) turn.push_back(&engine);
   }
   const std::uint64_t number = state.group_of(trajectory).number;
   for (std::size_t i = 0; i < turn.size(); ++i) {
     const Engine& engine = *turn[(number + i) % turn.size()];
+    if (!serves(state, engine)) return kNoEngine;
     if (has_room(state, predictor, engine, trajectory)) return engine.id;
   }
   return kNoEngine;
@@ -27,17 +28,21 @@ EngineId place_group(const State& state, const Predictor& predictor, Slot trajec
 EngineId place_least_loaded(const State& state, const Predictor& predictor, Slot trajectory) {
   const Engine* best = nullptr;
   for (const Engine& engine : state.engines) {
-    if (!serves(state, engine)) continue;
+    if (!will_serve(state, engine)) continue;
     if (best != nullptr && engine.sequences >= best->sequences) continue;
     if (has_room(state, predictor, engine, trajectory)) best = &engine;
   }
-  return best == nullptr ? kNoEngine : best->id;
+  return best == nullptr || !serves(state, *best) ? kNoEngine : best->id;
 }
 
 }  // namespace
 
 bool serves(const State& state, const Engine& engine) {
   return engine.phase == EnginePhase::kServing && engine.version >= state.version;
+}
+
+bool will_serve(const State& state, const Engine& engine) {
+  return serves(state, engine) || (engine.phase == EnginePhase::kUpdating && engine.sequences == 0);
 }
 
 double step_time(const Config& config, const Engine& engine) {

@@ -50,9 +50,11 @@ EngineId place_kv(const State& state, const Predictor& predictor, Slot trajector
   const Engine* best = nullptr;
   double least = 0;
   for (const Engine& engine : state.engines) {
-    if (!serves(state, engine)) continue;
-    if (begun && engine.id == last && state.config.placement == Placement::kSticky) {
-      return has_room(state, predictor, engine, trajectory) ? last : kNoEngine;
+    if (!will_serve(state, engine)) continue;
+    if (begun && serves(state, engine) && engine.id == last &&
+        state.config.placement == Placement::kSticky &&
+        has_room(state, predictor, engine, trajectory)) {
+      return last;
     }
     if (engine.sequences >= engine.max_sequences) continue;
     const double step = step_time(state.config, engine);
@@ -61,7 +63,8 @@ EngineId place_kv(const State& state, const Predictor& predictor, Slot trajector
       least = step;
     }
   }
-  if (best == nullptr || !has_room(state, predictor, *best, trajectory)) return kNoEngine;
+  if (best == nullptr || !serves(state, *best) || !has_room(state, predictor, *best, trajectory))
+    return kNoEngine;
   return best->id;
 }
 

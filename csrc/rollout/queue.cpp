@@ -8,6 +8,7 @@ Queue::Key Queue::key(const State& state, const Predictor& predictor, Slot traje
   const Trajectory& waiting = state.trajectories[trajectory];
   const Order order = state.config.order;
   Key key;
+  key.round = state.group_of(trajectory).round;
   key.number = state.group_of(trajectory).number;
   key.sample = waiting.sample;
   key.slot = trajectory;
@@ -15,6 +16,7 @@ Queue::Key Queue::key(const State& state, const Predictor& predictor, Slot traje
   const bool potential = by_potential(state.config);
   if (key.begun && !potential) {
     key.rank = Rank::kBegun;
+    key.round = -1;
   } else if (order == Order::kProbeFirst && !key.begun && waiting.sample == 0) {
     key.rank = Rank::kProbe;
   }

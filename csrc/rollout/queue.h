@@ -16,7 +16,8 @@ namespace kimisys::rollout {
 
 // Whether that exception holds.
 inline bool by_potential(const Config& config) {
-  return config.order == Order::kProbeFirst && config.token_budget == 0 && config.over_issue <= 1;
+  return config.order == Order::kProbeFirst && config.token_budget == 0 && config.over_issue <= 1 &&
+         config.live_limit == 0;
 }
 
 class Queue {
@@ -40,13 +41,14 @@ class Queue {
   enum class Rank : std::uint8_t { kBegun, kProbe, kOther };
   struct Key {
     Rank rank = Rank::kOther;
+    std::int64_t round = 0;  // what an earlier iteration left goes first; what has begun: -1
     double rest = 0;  // predicted, negated: the longest first; 0 where it does not count
     bool begun = false;
     std::uint64_t number = 0;
     std::uint32_t sample = 0;
     Slot slot = kNoSlot;
 
-    auto tied() const { return std::tie(rank, rest, number, sample, slot); }
+    auto tied() const { return std::tie(round, rank, rest, number, sample, slot); }
     bool operator<(const Key& other) const { return tied() < other.tied(); }
   };
   static Key key(const State& state, const Predictor& predictor, Slot trajectory);

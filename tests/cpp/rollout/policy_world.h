@@ -54,7 +54,7 @@ struct PolicyWorld {
     running.tokens = tokens;
     running.phase = Phase::kRunning;
     running.engine = on;
-    state.groups[running.group].begun = true;
+    state.groups[running.group].admitted = true;
     Engine& engine = state.engines[on];
     engine.leases.push_back(trajectory);
     engine.sequences += 1;
