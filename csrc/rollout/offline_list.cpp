@@ -13,25 +13,24 @@ struct Run {
   std::int64_t base = 0;  // it holds base + s tokens before step s
 };
 
-// Whether all that run and one more fit until their ends. `runs` by falling end: just before its
-// end a sequence is at its largest together with all that outlive it.
-bool fits(const std::vector<Run>& runs, const Run& more, std::int64_t capacity) {
+// How many steps one more must wait, at least, before it and all that run fit until their ends; 0:
+// they fit now. `runs` by falling end. Just before its end a sequence is at its largest together
+// with all that outlive it: these moments suffice. One that fails while the new one runs needs it
+// to come later by as much as is too much. Its own fails until it ends with the next that outlives
+// it, as those grow too.
+std::int64_t wait(const std::vector<Run>& runs, const Run& more, std::int64_t capacity) {
   std::int64_t base = 0;
   std::int64_t count = 0;
-  bool placed = false;
-  const auto reaches = [&](const Run& run) {
+  const auto excess = [&](const Run& run) {
     base += run.base;
     ++count;
-    return base + count * (run.end - 1) <= capacity;
+    return base + count * (run.end - 1) - capacity;
   };
-  for (const Run& run : runs) {
-    if (!placed && more.end >= run.end) {
-      placed = true;
-      if (!reaches(more)) return false;
-    }
-    if (!reaches(run)) return false;
-  }
-  return placed || reaches(more);
+  std::size_t i = 0;
+  while (i < runs.size() && runs[i].end > more.end) excess(runs[i++]);
+  std::int64_t steps = excess(more) > 0 ? runs[i - 1].end - more.end : 0;
+  for (; i < runs.size(); ++i) steps = std::max(steps, excess(runs[i]));
+  return steps;
 }
 
 std::int64_t held_steps(const EngineModel& model, std::span<const Output> outputs,
@@ -42,14 +41,16 @@ std::int64_t held_steps(const EngineModel& model, std::span<const Output> output
   std::int64_t step = 0;
   std::size_t next = 0;
   while (next < list.size() || !runs.empty()) {
+    std::int64_t waits = 0;
     for (; next < list.size() && runs.size() < most; ++next) {
       const Output& output = outputs[list[next]];
       const Run run{step + output.length, output.prompt - step};
-      if (!fits(runs, run, model.kv_capacity)) break;
+      waits = wait(runs, run, model.kv_capacity);
+      if (waits > 0) break;
       const auto later = [](const Run& a, const Run& b) { return a.end > b.end; };
       runs.insert(std::upper_bound(runs.begin(), runs.end(), run, later), run);
     }
-    step = runs.back().end;
+    step = waits > 0 ? std::min(step + waits, runs.back().end) : runs.back().end;
     while (!runs.empty() && runs.back().end == step) runs.pop_back();
   }
   return step;

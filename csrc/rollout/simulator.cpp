@@ -58,7 +58,8 @@ class World {
   void start(const Action& action);
   void batch(const Action& action);
   void keep(const Appointment& appointment);
-  void fail_engine(EngineId id);
+  void join(EngineId id);
+  void fail(EngineId id);
   void appoint(Ticks time, Outside what, EngineId engine, std::int64_t version);
   void record(const Sequence& sequence, EngineId engine, EndReason reason);
   Event event(EventKind kind) const;
@@ -103,10 +104,17 @@ Event World::event(EventKind kind) const {
 Event World::event(EventKind kind, EngineId engine) const {
   Event made = event(kind);
   made.engine = engine;
-  made.version = places_[engine].version;
-  made.tokens = simulation_.engines[engine].kv_capacity;
-  made.count = simulation_.engines[engine].max_sequences;
   return made;
+}
+
+void World::join(EngineId id) {
+  places_[id].up = true;
+  places_[id].version = version_;
+  Event joined = event(EventKind::kEngineJoined, id);
+  joined.version = version_;
+  joined.tokens = simulation_.engines[id].kv_capacity;
+  joined.count = simulation_.engines[id].max_sequences;
+  events_.push_back(joined);
 }
 
 void World::appoint(Ticks time, Outside what, EngineId engine, std::int64_t version) {
@@ -122,11 +130,8 @@ void World::set_out() {
   Event published = event(EventKind::kVersionPublished);
   published.version = version_;
   events_.push_back(published);
-  for (EngineId id = 0; id < places_.size(); ++id) {
-    places_[id].up = true;
-    places_[id].version = version_;
-    events_.push_back(event(EventKind::kEngineJoined, id));
-  }
+  for (EngineId id = 0; id < places_.size(); ++id) join(id);
+  outcome_.groups.push_back(0);
   events_.push_back(event(EventKind::kTrainerReady));
   live_through();
 }
@@ -339,20 +344,19 @@ void World::keep(const Appointment& appointment) {
       if (place.epoch != appointment.epoch) return;
       place.updating = false;
       place.version = appointment.version;
-      events_.push_back(event(EventKind::kEngineUpdated, appointment.engine));
+      Event updated = event(EventKind::kEngineUpdated, appointment.engine);
+      updated.version = appointment.version;
+      events_.push_back(updated);
       return;
     }
     case Outside::kOutage:
-      return fail_engine(appointment.engine);
+      return fail(appointment.engine);
     case Outside::kJoin:
-      places_[appointment.engine].up = true;
-      places_[appointment.engine].version = version_;
-      events_.push_back(event(EventKind::kEngineJoined, appointment.engine));
-      return;
+      return join(appointment.engine);
   }
 }
 
-void World::fail_engine(EngineId id) {
+void World::fail(EngineId id) {
   Place& place = places_[id];
   std::vector<Sequence> lost;
   place.engine.fail(now_, lost);
