@@ -80,16 +80,15 @@ TEST_CASE("concurrency: the peak against sequences that end at random, step by s
 TEST_CASE("concurrency: growth counts, not only what is held now") {
   PolicyWorld world;
   const Predictor predictor;
-  const EngineId id = world.engine(4000);
-  const Slot running = world.sample(world.group(1, 100, 30000), 0);
-  world.run(running, id, 1500);
-  // 3,800 of 4,000 would be held at once, and more soon; not if the first is about to end.
-  const Slot more = world.sample(world.group(1, 2200, 30000), 0);
-  CHECK_FALSE(has_room(world.state, predictor, world.state.engines[id], more));
-  world.state.trajectories[running].limit = 1510;
-  world.state.trajectories[more].limit = 20;
-  CHECK(has_room(world.state, predictor, world.state.engines[id], more));
-  CHECK(peak(world.state, predictor, world.state.engines[id], kNoSlot) > 1600);
+  const EngineId id = world.engine(3000);
+  const Slot group = world.group(21, 10);
+  for (std::uint32_t s = 0; s < 20; ++s) world.run(world.sample(group, s), id);
+  const Engine& engine = world.state.engines[id];
+  // 210 of 3,000 would be held at once, but the 21 are all expected to grow together.
+  CHECK_FALSE(has_room(world.state, predictor, engine, world.sample(group, 20)));
+  CHECK(peak(world.state, predictor, engine, kNoSlot) > 3000);
+  for (Trajectory& trajectory : world.state.trajectories) trajectory.limit = 20;
+  CHECK(has_room(world.state, predictor, engine, world.sample(group, 20)));
   CHECK(peak(world.state, predictor, Engine{}, kNoSlot) == 0);
 }
 

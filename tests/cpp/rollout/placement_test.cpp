@@ -204,9 +204,10 @@ TEST_CASE("placement: an engine that takes a version is waited for, where it sui
     const Predictor predictor;
     for (int e = 0; e < 2; ++e) world.engine();
     world.state.engines[0].phase = EnginePhase::kUpdating;
-    const Slot group = world.group(2);
-    if (policy != Placement::kGroupRoundRobin) world.run(world.sample(group, 0), 1);
-    const Slot slot = world.sample(group, 1);
+    const Slot slot = world.sample(world.group(1), 0);  // group 0: engine 0, in turn
+    // An idle one is not left to idle.
+    CHECK(place(world.state, predictor, slot) == 1);
+    world.run(world.sample(world.group(1), 0), 1);
     CHECK(place(world.state, predictor, slot) == kNoEngine);
     world.state.engines[0].phase = EnginePhase::kServing;
     CHECK(place(world.state, predictor, slot) == 0);

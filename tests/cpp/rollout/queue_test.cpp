@@ -84,11 +84,13 @@ TEST_CASE("queue: every order is a sort, after random pushes, erasures and sibli
       const bool probe =
           order == Order::kProbeFirst && trajectory.sample == 0 && trajectory.tokens == 0;
       const bool ranked = order != Order::kFifo && !probe;
-      return std::make_tuple(trajectory.tokens > 0 ? 0
-                             : probe               ? 1
-                                                   : 2,
-                             ranked ? -predictor.rest(world.state, slot) : 0.0,
-                             world.state.group_of(slot).number, trajectory.sample);
+      const double rest =
+          potential ? predictor.potential(world.state, slot) : predictor.rest(world.state, slot);
+      const Group& group = world.state.group_of(slot);
+      // What has begun, then what an earlier iteration admitted; or the potential alone.
+      const bool first = begun(slot) && !potential;
+      return std::make_tuple(first ? -1 : group.round, probe ? 0 : 1, ranked ? -rest : 0.0,
+                             group.number, trajectory.sample);
     };
     std::sort(inside.begin(), inside.end(),
               [&](Slot left, Slot right) { return key(left) < key(right); });
