@@ -11,7 +11,6 @@ from types import TracebackType
 from kimisys._core.rollout import (
     Blocker,
     Config,
-    EventKind,
     Ledger,
     RepetitionConfig,
     Scheduler,
@@ -19,7 +18,7 @@ from kimisys._core.rollout import (
 from kimisys.errors import SchedulerError
 from kimisys.rollout.batch import Batch
 from kimisys.rollout.buffer import Prompt, ReplayBuffer
-from kimisys.rollout.dispatch import Dispatch, record
+from kimisys.rollout.dispatch import Dispatch
 from kimisys.rollout.engine import Engine
 from kimisys.rollout.link import Link
 from kimisys.rollout.sampling import Sampling
