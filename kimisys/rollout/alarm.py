@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 
 def clock() -> int:
-    """Microseconds of a clock that does not go back."""
-    return time.monotonic_ns() // 1000
+    """Microseconds of the event loop's clock, which is `time.monotonic` and does not go back."""
+    return int(asyncio.get_running_loop().time() * 1e6)
 
 
 class Alarm:
-    """Calls `ring` when the time has come that was set last."""
+    """Calls `ring` when the time has come that was set."""
 
     def __init__(self, ring: Callable[[], None]) -> None:
         self._ring = ring
@@ -26,9 +25,9 @@ class Alarm:
         if due is None or (self._timer is not None and self._due <= due):
             return
         self.stop()
-        loop = asyncio.get_running_loop()
         self._due = due
-        self._timer = loop.call_later(max(0, due - clock()) / 1e6, self._fire)
+        # One more: a clock in whole microseconds must not find that it is not yet time.
+        self._timer = asyncio.get_running_loop().call_at((due + 1) / 1e6, self._fire)
 
     def stop(self) -> None:
         if self._timer is not None:

@@ -232,9 +232,9 @@ class Dispatch:
 
     def _output(self, link: Link, output: SegmentOutput, lease: Lease | None) -> None:
         count = len(output.token_ids)
-        if lease is None:  # the scheduler counts what came too late
+        if lease is None:
             if count:
-                self._say(EventKind.TOKENS, id=output.lease, tokens=count)
+                self._late(link, output.lease, count)
             return
         reason, error = output.reason, output.error
         lease.made += count
@@ -254,6 +254,13 @@ class Dispatch:
             self._end(lease, reason, count)
         else:
             self._say(EventKind.TOKENS, id=lease.number, tokens=count)
+
+    def _late(self, link: Link, lease: int, count: int) -> None:
+        """The scheduler ignores and counts what a dead lease sends."""
+        try:
+            self._say(EventKind.TOKENS, id=lease, tokens=count)
+        except SchedulerError as error:  # it was never given
+            self.on_failed(link, EngineError(f"engine {link.number} is left out: {error}"))
 
     def _loops(self, lease: Lease, token_ids: Sequence[int]) -> bool:
         if self._repetition is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from toy_engine import ToyEngine, log_prob, long_tailed, prompt, whole
+from virtual_time import run
 
 from kimisys.rollout import Batch, Config, Driver, Group, Prompt, replay
 
@@ -72,13 +73,14 @@ def drive(
     prompts: Prompts | None = None,
     **options: Any,
 ) -> Driver:
-    """Runs `work`, which returns the batches that it got; checks them and that no task is left."""
+    """Runs `work`, in virtual time; it returns the batches that it got. Checks them, and that no
+    task is left."""
     offers = Prompts() if prompts is None else prompts
     trace = tmp_path / "trace"
 
-    async def run() -> Driver:
+    async def main() -> Driver:
         driver = Driver(config, engines, offers, trace=trace, **options)
-        async with asyncio.timeout(120), driver:
+        async with asyncio.timeout(600), driver:
             batches = list(await work(driver))
             number = [b.number for b in batches]
             assert number == sorted(set(number))
@@ -91,7 +93,7 @@ def drive(
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return driver
 
-    return asyncio.run(run())
+    return run(main())
 
 
 async def iterate(driver: Driver, iterations: int, first_version: int = 1) -> list[Batch]:

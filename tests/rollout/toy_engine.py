@@ -57,7 +57,7 @@ class ToyEngine:
     stream then raises it.
     """
 
-    step: float = 0.0
+    step: float = 0.001
     version: int | None = 0
     kv_capacity: int = 1 << 20
     max_sequences: int = 16
