@@ -1,67 +1,82 @@
-"""What a rollout needs of an engine: segments that begin, stream their tokens, and can be ended."""
+"""The engine protocol: all that rollouts ask of an inference engine."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+END_REASONS = ("stop", "length", "paused", "failed")
 
 
 @dataclass(frozen=True)
 class SegmentRequest:
-    """One lease. token_ids: of the prompt and of the output so far. max_tokens: new ones.
-    temperature: 0 is greedy. seed: makes the segment repeatable; None: the engine's own."""
+    """One segment to make.
+
+    lease: of the scheduler, never reused.
+    token_ids: the prompt and the output so far.
+    max_tokens: most new tokens.
+    seed: None: the engine's own.
+    """
 
     lease: int
     token_ids: Sequence[int]
     max_tokens: int
-    temperature: float
-    stop_token_ids: tuple[int, ...]
-    seed: int | None
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
 class SegmentOutput:
-    """What a lease has made since its last output. log_probs: natural, of each token under the
-    distribution that it was sampled from. version: of the weights that made them. reason: "" while
-    it goes on, else "stop", "length", "paused" or "failed". error: why it failed."""
+    """News of a segment.
+
+    token_ids, log_probs: new since the last output; one natural logarithm per token, of the
+        distribution that was sampled from.
+    version: of the weights that made them.
+    reason: "" while it goes on, or one of END_REASONS.
+    error: why it failed.
+    """
 
     lease: int
-    token_ids: list[int]
-    log_probs: list[float]
-    version: int
-    reason: str
-    error: str
+    token_ids: Sequence[int] = field(default_factory=list)
+    log_probs: Sequence[float] = field(default_factory=list)
+    version: int = -1
+    reason: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """version: served, None before the first. kv_capacity, kv_tokens: tokens that the key-value
-    cache holds at most, and now. max_sequences: in one step. running, waiting: sequences."""
+    """What an engine holds now.
+
+    version: None: it has no weights yet.
+    kv_capacity, kv_tokens: tokens; all, and those in use.
+    """
 
     version: int | None
     kv_capacity: int
     max_sequences: int
-    kv_tokens: int
-    running: int
-    waiting: int
+    kv_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
 
 
 class Engine(Protocol):
-    """An engine, however far away."""
+    """Runs segments. Whatever a method raises counts as the death of the engine."""
 
     async def start(self, segments: Sequence[SegmentRequest]) -> None:
-        """Begin them, before the next step."""
+        """Begin all of them; they run beside what runs already. Returns before they end."""
 
     async def abort(self, leases: Sequence[int]) -> None:
-        """They end soon, with reason "paused". Leases that are not known are ignored."""
+        """End them soon: what they have made comes in the stream with reason "paused". Leases that
+        are not known, or have ended, are ignored."""
 
-    async def stats(self) -> EngineStats:
-        """How full it is."""
+    async def stats(self) -> EngineStats: ...
 
-    async def update(self, version: int) -> None:
-        """Serve this version from now on; called when nothing runs."""
+    async def update(self, version: int) -> object:
+        """Serve `version`, which is published. Called only when nothing runs."""
 
     def stream(self) -> AsyncIterator[Sequence[SegmentOutput]]:
-        """The outputs of all leases as they come; ends when the engine is closed. Raises what the
-        engine failed with."""
+        """The outputs of all leases as they come, several at a time. Ends when the engine is
+        closed; raises what the engine failed with."""
