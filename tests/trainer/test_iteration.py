@@ -20,7 +20,7 @@ from kimisys.trainer.iteration import Iterations
 from kimisys.trainer.megatron_rank import Improved, Improvement
 from kimisys.trainer.progress import Progress
 from kimisys.trainer.ranks import Published
-from kimisys.trainer.rollout import judge
+from kimisys.trainer.answers import judge
 from kimisys.trainer.task import Problem, Task, TaskError
 from kimisys.trainer.tokenizer import Tokenizer
 from kimisys.trainer.watch import EngineMismatchError, Watch
