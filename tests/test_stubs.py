@@ -19,7 +19,7 @@ import pytest
 from kimisys import _core
 
 ROOT = Path(__file__).parent.parent
-MODULES = [_core, _core.reshard, _core.broadcast]
+MODULES = [_core, _core.reshard, _core.broadcast, _core.rollout]
 
 # What a stub cannot say of pybind11's classes: their metaclass, and that some cannot be made. And
 # buffers show their method from Python 3.12 on only.
