@@ -58,6 +58,7 @@ class Engine:
         self.config = config
         self._loop = loop
         self._steps: Steps | None = None
+        self._vocabulary = 0
         self._version: int | None = None
         self._broken = ""
 
@@ -73,6 +74,9 @@ class Engine:
         try:
             engine._steps = await engine._exclusive("start", Steps)
             engine._loop.observe(engine._steps)
+            engine._vocabulary = await engine._exclusive(
+                "start", lambda llm: llm.model_config.get_vocab_size()
+            )
         except BaseException:
             with suppress(EngineTimeoutError):
                 engine._loop.close(0.0)
@@ -167,9 +171,11 @@ class Engine:
         max_tokens: per completion, with the stop token. temperature: 0 is greedy. seed: makes a
         call repeatable if nothing else is sampled at the same time. version: that must be served;
         None takes the one that is.
-        Raises VersionError, EngineError; ValueError for a prompt that is empty or too long.
+        Raises VersionError, EngineError; ValueError for a prompt that is empty, too long, or
+        not of the vocabulary.
         """
-        self.check_lengths(prompts, max_tokens)
+        for index, prompt in enumerate(prompts):
+            self.check(f"prompt {index}", prompt, max_tokens)
         params = sampling(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -190,11 +196,12 @@ class Engine:
         """What the engine computes: float32[len(token_ids) - 1, vocab], a log-softmax in each row.
 
         Row i is the distribution of the token at i + 1 given those up to i, at temperature 1.
-        Raises VersionError, EngineError; ValueError for fewer than two tokens, or too many.
+        Raises VersionError, EngineError; ValueError for fewer than two tokens, too many,
+        or others than the vocabulary's.
         """
         if len(token_ids) < 2:
             raise ValueError(f"a probe needs at least two tokens, not {len(token_ids)}")
-        self.check_lengths([token_ids], 1)
+        self.check("the probe", token_ids, 1)
         params = sampling(max_tokens=1, temperature=0.0, prompt_logprobs=-1)
         future = self._loop.generate([token_ids], 1, params, lambda llm: self.served(version))
         found = (await self._answer("probe", future))[0][0].prompt_log_probs
@@ -296,13 +303,18 @@ class Engine:
         if self._broken:
             raise EngineError(f"{self._broken}; restart the engine")
 
-    def check_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def check(self, name: str, token_ids: Sequence[int], max_tokens: int) -> None:
+        """Raises ValueError, saying `name`, for what vLLM would cut short or die of."""
         if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+            raise ValueError(f"{name}: max_tokens is {max_tokens}; it must be at least 1")
         room = self.config.max_length - max_tokens
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= room:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens; with max_tokens {max_tokens} it may "
-                    f"have 1 to {room}, as the engine's max_length is {self.config.max_length}"
-                )
+        if not 0 < len(token_ids) <= room:
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens; with max_tokens {max_tokens} it may have 1 "
+                f"to {room}, as the engine's max_length is {self.config.max_length}"
+            )
+        if min(token_ids) < 0 or max(token_ids) >= self._vocabulary:
+            raise ValueError(
+                f"{name} has tokens from {min(token_ids)} to {max(token_ids)}; the vocabulary of "
+                f"{self.config.model} has those from 0 to {self._vocabulary - 1}"
+            )

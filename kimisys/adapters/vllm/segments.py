@@ -245,7 +245,7 @@ class Segments(Observer):
         """Raises what vLLM, or the engine, has against it."""
         request = segment.request
         segment.version = self._engine.served()
-        self._engine.check_lengths([request.token_ids], request.max_tokens)
+        self._engine.check("the segment", request.token_ids, request.max_tokens)
         params = sampling(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
