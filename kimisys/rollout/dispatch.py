@@ -77,9 +77,7 @@ def record(
     reason: EndReason = EndReason.NONE,
 ) -> bytes:
     """One EVENT."""
-    return _RECORD.pack(
-        time, int(kind), engine, id, tokens, limit, count, version, int(reason), 0
-    )
+    return _RECORD.pack(time, int(kind), engine, id, tokens, limit, count, version, int(reason), 0)
 
 
 class Dispatch:
@@ -175,8 +173,12 @@ class Dispatch:
             self.links[link.number] = link
             records.append(
                 record(
-                    now, EventKind.ENGINE_JOINED, engine=link.number, version=link.version,
-                    tokens=stats.kv_capacity, count=stats.max_sequences,
+                    now,
+                    EventKind.ENGINE_JOINED,
+                    engine=link.number,
+                    version=link.version,
+                    tokens=stats.kv_capacity,
+                    count=stats.max_sequences,
                 )  # fmt: skip
             )
             link.run()

@@ -91,6 +91,10 @@ class Engines:
         """How many engines."""
         return len(self._names)
 
+    def check(self) -> None:
+        """Raise ActorLostError if an actor of the run has died, an engine's or another."""
+        self._actors.check()
+
     def clients(self) -> list[EngineClient]:
         """Each engine as one that makes segments, for an event loop in this process."""
         return [EngineClient(self._actors, name) for name in self._names]

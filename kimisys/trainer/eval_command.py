@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kimisys.rl.pass_at_k import pass_at_k
-from kimisys.trainer.serve_config import EvalConfig
+from kimisys.trainer.answers import Answers, sample
 from kimisys.trainer.metrics import write_json
 from kimisys.trainer.model_folder import check_engine, open_model
-from kimisys.trainer.answers import Answers, sample
+from kimisys.trainer.serve_config import EvalConfig
 from kimisys.trainer.serving import VERSION, find_weights, served
 from kimisys.trainer.task import load_task
 

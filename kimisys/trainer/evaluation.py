@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kimisys.trainer.answers import Answers, sample
 from kimisys.trainer.engines import Engines
 from kimisys.trainer.progress import Evaluation
-from kimisys.trainer.answers import Answers, sample
 from kimisys.trainer.task import Problem, Task
 from kimisys.trainer.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ from kimisys.adapters.megatron.dist_checkpoint import is_dist_checkpoint, open_d
 from kimisys.reshard import Layout, Tensor, plan
 from kimisys.reshard.safetensors import create_checkpoint, open_checkpoint
 from kimisys.trainer.config import ConfigError
-from kimisys.trainer.serve_config import ExportConfig
 from kimisys.trainer.model_folder import ModelFolder, open_model, read_model
+from kimisys.trainer.serve_config import ExportConfig
 from kimisys.trainer.serving import find_weights
 
 

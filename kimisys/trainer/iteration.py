@@ -223,9 +223,7 @@ class Iterations:
                 rollouts.publish(self._served)
             return {"probe_gap": gap, "sync_seconds": seconds}
         # deltas go from version to version: nobody may still be reading the one before
-        followed = self.following.wait(
-            rollouts.engines, rollouts.check, self._config.ready_timeout
-        )
+        followed = self.following.wait(rollouts.engines, rollouts.check, self._config.ready_timeout)
         start = time.perf_counter()
         self._publish()
         seconds = time.perf_counter() - start

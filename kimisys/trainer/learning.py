@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kimisys.rl.length_reward import length_rewards
-from kimisys.rl.partial import token_weights
+from kimisys.rl.partial import Completions, token_weights
 from kimisys.rl.repetition import repetition_penalty
 from kimisys.rollout import Group
 from kimisys.trainer.answers import Answers, judge
@@ -24,10 +24,12 @@ NO_VERSION = -1
 
 @dataclass(frozen=True)
 class Experience:
-    """Finished groups and their problems, as rows, one a trajectory. log_probs, versions: float32 and int64 like
-    batch.mask, of the engine that sampled each token; 0 and NO_VERSION outside the completions.
-    made_by: int64[rows], how many versions made each
-    trajectory. repeated: bool[rows], ended for repeating itself."""
+    """Finished groups and their problems as rows, one a trajectory.
+
+    log_probs, versions: float32 and int64 like batch.mask, of the engine that sampled each token; 0
+    and NO_VERSION outside the completions. made_by: int64[rows], how many versions made each
+    trajectory. repeated: bool[rows], ended for repeating itself.
+    """
 
     groups: Sequence[Group]
     problems: Sequence[Problem]
@@ -50,15 +52,18 @@ class Experience:
     def weights(self, config: TrainConfig, log_probs: np.ndarray, version: int) -> np.ndarray:
         """What each token counts in the loss, by --loss-mask: float32 like batch.mask. log_probs:
         the trainer's, under `version`, the weights that are trained."""
-        return token_weights(
-            config.loss_mask,
-            torch.from_numpy(self.batch.mask > 0),
+        completions = Completions(
+            torch.from_numpy(self.batch.mask),
             torch.from_numpy(self.versions),
             version,
-            torch.from_numpy(log_probs.copy()),
+            torch.from_numpy(log_probs.copy()),  # what Ray hands over is read-only
             torch.from_numpy(self.log_probs),
-            recent=config.mask_versions,
-            cap=config.mask_cap,
+        )
+        return token_weights(
+            config.loss_mask,
+            completions,
+            staleness=config.mask_versions,
+            truncation=config.mask_cap,
         ).numpy()
 
     def length_rewards(self) -> np.ndarray:

@@ -253,6 +253,7 @@ class Master:
                 iterations.prompts.offer,
                 self._model.tokenizer.eos_id,
                 log,
+                engines.check,
             ) as rollouts,
         ):
             yield rollouts

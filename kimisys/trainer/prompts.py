@@ -34,7 +34,9 @@ class Prompts:
             [p.difficulty for p in task.problems], dtype=torch.float64
         )
         rates = progress.success_rates
-        self._success = SuccessRates.from_state(rates) if rates else SuccessRates(len(self._encoded))
+        self._success = (
+            SuccessRates.from_state(rates) if rates else SuccessRates(len(self._encoded))
+        )
         self._drawn: deque[int] = deque(progress.waiting)
         self._draws, self._count = progress.draws, progress.offered
         self._offered: dict[int, int] = {}  # number → place of the problem

@@ -1,10 +1,10 @@
 """What a run writes down about its rollouts, in OUT/rollouts:
 
-    trace              every event and decision of the scheduler, to be replayed; that of a run that
-                       was resumed after step N is trace-N
-    segments.jsonl     the segments as they ran: on which engine, when (seconds of the run), how long
-    groups.jsonl       the groups that were trained or dropped: lengths, versions, rewards
-    steps-engineN.npy  the timed steps of engine N
+trace              every event and decision of the scheduler, to be replayed; that of a run that
+                   was resumed after step N is trace-N
+segments.jsonl     the segments as they ran: engine, start and end in seconds of the run
+groups.jsonl       the groups that were trained or dropped: lengths, versions, rewards
+steps-engineN.npy  the timed steps of engine N
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class RolloutLog:
             append_record(self._groups, {"step": step, **_group(group), "rewards": earned})
             row += len(group.trajectories)
         for one in dropped:
-            append_record(
-                self._groups, {"step": step, **_group(one.group), "dropped": one.reason}
-            )
+            append_record(self._groups, {"step": step, **_group(one.group), "dropped": one.reason})
         for span in spans:
             append_record(self._segments, {"step": step, **self._span(span)})
 

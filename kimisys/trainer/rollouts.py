@@ -4,6 +4,7 @@ on sampling while the ranks train."""
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -18,6 +19,7 @@ from kimisys.trainer.rollout_log import RolloutLog
 T = TypeVar("T")
 
 CLOSE_SECONDS = 30.0
+_LOOK_SECONDS = 1.0  # between two looks at who is alive
 
 
 class Rollouts:
@@ -25,7 +27,8 @@ class Rollouts:
 
     To be entered once the engines serve a version: from then on they may be sampling until it is
     left. What the driver raises is raised by the next call. Between a batch and the next nothing
-    runs, with --deployment hybrid.
+    runs, with --deployment hybrid. alive: raises the death of anyone that the run needs, so that no
+    batch is waited for in vain.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Rollouts:
         prompts: Callable[[int], Sequence[Prompt]],
         stop_token: int,
         log: RolloutLog,
+        alive: Callable[[], None],
     ) -> None:
         self._make = lambda: Driver(
             scheduler_config(config, token_budget),
@@ -49,7 +53,7 @@ class Rollouts:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
         self._driver: Driver | None = None
-        self._engines, self.log = list(engines), log
+        self._engines, self._alive, self.log = list(engines), alive, log
         self._token_budget = token_budget if config.partial else None
         self._overlap = config.deployment == "disaggregated"
         self._noted = time.monotonic(), 0.0  # when figures were last asked for, how busy till then
@@ -137,7 +141,16 @@ class Rollouts:
         return driver
 
     def _call(self, coroutine: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(seconds)
+        """What `coroutine` gives in the loop, waited for as long as everybody lives."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        deadline = math.inf if seconds is None else time.monotonic() + seconds
+        while True:
+            try:
+                return future.result(_LOOK_SECONDS)
+            except TimeoutError:
+                if future.done() or time.monotonic() > deadline:
+                    raise
+                self._alive()
 
     def _started(self) -> Driver:
         assert self._driver is not None, "the rollouts have not begun"
