@@ -24,10 +24,10 @@ import numpy as np
 
 import kimisys.errors
 from kimisys.adapters.vllm.build import EngineConfig, build, check, sampling
-from kimisys.adapters.vllm.loop import EngineError, EngineLoop, EngineTimeoutError, Sample
+from kimisys.adapters.vllm.loop import EngineLoop, EngineTimeoutError, Sample
 from kimisys.adapters.vllm.status import report
 from kimisys.adapters.vllm.steps import Steps
-from kimisys.errors import VersionError
+from kimisys.errors import EngineError, VersionError
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from kimisys.errors import KimisysError
+from kimisys.errors import EngineError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _EXIT_SECONDS = 30.0
-
-
-class EngineError(KimisysError):
-    """The engine is closed, failed, or refuses to serve; the message says why."""
 
 
 class EngineTimeoutError(EngineError):

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kimisys.adapters.vllm.build import sampling
-from kimisys.adapters.vllm.engine import Engine, EngineError
+from kimisys.adapters.vllm.engine import Engine
 from kimisys.adapters.vllm.loop import Live, Observer
+from kimisys.errors import EngineError
 from kimisys.rollout.engine import EngineStats, SegmentOutput, SegmentRequest
 
 if TYPE_CHECKING:

@@ -105,8 +105,8 @@ def test_a_segment_cut_in_two_goes_on_where_it_was(rollouts: Rollouts) -> None:
     for prompt, begun, ended, expected in zip(PROMPTS, first, second, whole, strict=True):
         assert begun.token_ids + ended.token_ids == expected
         assert (ended.reason, ended.error) == ("length", "")
-        for one, given in ((begun, prompt), (ended, prompt + begun.token_ids)):
-            np.testing.assert_allclose(one.log_probs, rollouts.expected(given, one), atol=1e-4)
+        for one, before in ((begun, prompt), (ended, prompt + begun.token_ids)):
+            np.testing.assert_allclose(one.log_probs, rollouts.expected(before, one), atol=1e-4)
 
 
 @settings(max_examples=10)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import kimisys.errors
-from kimisys.adapters.vllm.engine import Engine, EngineConfig, EngineError
+from kimisys.adapters.vllm.engine import Engine, EngineConfig
 from kimisys.adapters.vllm.environment import environment
 
 START_SECONDS = 300.0
@@ -91,7 +91,7 @@ class EngineProcess:
         answer = self._answers.pop(call)
         if "error" in answer:
             kind, message = answer["error"]
-            known = {"EngineError": EngineError, "ValueError": ValueError}
+            known = {"ValueError": ValueError}
             raise getattr(kimisys.errors, kind, known.get(kind, AssertionError))(message)
         return answer["result"]
 
