@@ -182,7 +182,7 @@ def scheduler_config(config: TrainConfig, token_budget: int) -> Config:
         order=config.order,
         staleness=config.staleness,
         token_budget=token_budget,
-        live_limit=config.live_limit,
+        live_limit=config.live_limit or config.prompts * config.samples,
         max_staleness=config.max_staleness,
         lease_timeout=timeout,
     )
