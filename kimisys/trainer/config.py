@@ -185,8 +185,9 @@ class RolloutConfig(RunConfig):
     """Tokens that an iteration samples, over all engines; 0: as many as --prompts x --samples
     completions took on the held-out problems before RL."""
     live_limit: int = 0
-    """With a budget: most completions that are begun and not finished, over all engines; 0: --prompts
-    x --samples. Fewer finish sooner, so that less of them is stale; more keep engines busier."""
+    """With a budget: most completions that are begun and not finished, over all engines; 0:
+    --prompts x --samples. Fewer finish sooner, so less of them is stale; more keep engines
+    busier."""
     max_staleness: int = 4
     """Versions that the oldest token of a group may be behind the weights that are trained."""
     staleness: Literal["wait", "drop", "admission"] = "wait"

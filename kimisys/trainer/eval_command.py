@@ -57,11 +57,11 @@ def run(config: EvalConfig, console: Console) -> None:
         soft_wrap=True,
     )
     if config.json is not None:
-        answers = [
+        records = [
             {"prompt": problems[group].prompt, "answer": problems[group].answer, **asdict(one)}
             for group, one in zip(answers.groups, answers.completions, strict=True)
         ]
-        write_json(config.json, {"figures": figures, "completions": answers})
+        write_json(config.json, {"figures": figures, "completions": records})
 
 
 def _figures(answers: Answers, samples: int) -> dict[str, Any]:
