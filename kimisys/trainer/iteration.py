@@ -128,11 +128,13 @@ class Iterations:
         self.prompts.begin(step)
         self._display.within_step(step, "sampling")
         batch = rollouts.batch()
+        keys = [one.prompt.key for one in (*batch.groups, *(one.group for one in batch.dropped))]
+        places = {key: self.prompts.place(key) for key in keys}
         learned = self._judge(batch)
         self._display.within_step(step, "training")
         figures = self._train(step, learned)
         figures |= self._follow(step, rollouts)
-        rollouts.log.batch(step, learned, batch.dropped, rollouts.spans())
+        rollouts.log.batch(step, learned, batch.dropped, rollouts.spans(), places)
         self.prompts.save()
         return StepMetrics(
             step=step,

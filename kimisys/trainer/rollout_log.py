@@ -9,7 +9,7 @@ steps-engineN.npy  the timed steps of engine N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,17 +53,23 @@ class RolloutLog:
         self._groups.close()
 
     def batch(
-        self, step: int, learned: Experience, dropped: Sequence[Dropped], spans: Sequence[Span]
+        self,
+        step: int,
+        learned: Experience,
+        dropped: Sequence[Dropped],
+        spans: Sequence[Span],
+        places: Mapping[int, int],
     ) -> None:
-        """What step `step` trained, what was dropped since the step before, what has run."""
+        """What step `step` trained, what was dropped since the step before, what has run. places:
+        of the problems in the task, by the numbers of the prompts."""
         rewards = learned.answers.outcomes
         row = 0
         for group in learned.groups:
             earned = rewards[row : row + len(group.trajectories)].tolist()
-            append_record(self._groups, {"step": step, **_group(group), "rewards": earned})
+            self._group(step, group, places, {"rewards": earned})
             row += len(group.trajectories)
         for one in dropped:
-            append_record(self._groups, {"step": step, **_group(one.group), "dropped": one.reason})
+            self._group(step, one.group, places, {"dropped": one.reason})
         for span in spans:
             append_record(self._segments, {"step": step, **self._span(span)})
 
@@ -92,13 +98,17 @@ class RolloutLog:
             "reason": span.reason,
         }
 
-
-def _group(group: Group) -> dict[str, Any]:
-    begun = [one for one in group.trajectories if one.segments]
-    return {
-        "group": group.prompt.key,
-        "prompt_tokens": len(group.prompt.token_ids),
-        "lengths": [len(one) for one in group.trajectories],
-        "versions": [[one.segments[0].version, one.segments[-1].version] for one in begun],
-        "reasons": [one.reason for one in group.trajectories],
-    }
+    def _group(
+        self, step: int, group: Group, places: Mapping[int, int], more: dict[str, Any]
+    ) -> None:
+        begun = [one for one in group.trajectories if one.segments]
+        record = {
+            "step": step,
+            "group": group.prompt.key,
+            "problem": places[group.prompt.key],
+            "prompt_tokens": len(group.prompt.token_ids),
+            "lengths": [len(one) for one in group.trajectories],
+            "versions": [[one.segments[0].version, one.segments[-1].version] for one in begun],
+            "reasons": [one.reason for one in group.trajectories],
+        }
+        append_record(self._groups, {**record, **more})

@@ -37,7 +37,7 @@ def write(folder: Path, done: int, seconds: float, first: int, steps: range) -> 
             learned = experience(made, [PROBLEM], TASK, TOKENIZER, 1.0)
             lost = Dropped(group(99, [THREE], trajectory((1, [THREE]))), "stale", "")
             span = Span(1, step, 0, 1000.5 + step, 1000.75 + step, 2, step, "stop")
-            log.batch(step, learned, [lost], [span])
+            log.batch(step, learned, [lost], [span], {first + step: 0, 99: 0})
             log.engine_steps([np.array([(1000.5 + step, step)], STEP)])
 
 
@@ -48,6 +48,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert groups[0] == {
         "step": 1,
         "group": 1,
+        "problem": 0,
         "prompt_tokens": 2,
         "lengths": [2, 3],
         "versions": [[1, 1], [0, 1]],
