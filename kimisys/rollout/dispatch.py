@@ -77,9 +77,7 @@ def record(
     reason: EndReason = EndReason.NONE,
 ) -> bytes:
     """One EVENT."""
-    return _RECORD.pack(
-        time, int(kind), engine, id, tokens, limit, count, version, int(reason), 0
-    )
+    return _RECORD.pack(time, int(kind), engine, id, tokens, limit, count, version, int(reason), 0)
 
 
 class Dispatch:
@@ -147,9 +145,9 @@ class Dispatch:
         """Events, together; what follows from them is done when this returns, unless it is called
         from within what follows from others: then after those."""
         events = np.frombuffer(b"".join(records), EVENT)
-        actions = self.scheduler.handle(events)
+        actions, answers = self.scheduler.handle_each(events)
         if self._trace is not None:
-            self._trace.add(events, actions, self.scheduler.digest())
+            self._trace.add(events, actions, answers, self.scheduler.digest())
         self._pending.extend(as_actions(actions))
         if self._acting:
             return
@@ -166,17 +164,27 @@ class Dispatch:
     def join(self, links: Sequence[tuple[Link, EngineStats]]) -> None:
         """New engines, which are heard of from now on."""
         now = self.now()
-        newest = max((link.version for link, _ in links), default=-1)
         records = []
-        if newest > self.version and not self.links:
-            self.version = newest  # a run begins with what its engines serve
+        for link, _ in links:
+            if link.version > self.version and self.links:
+                raise EngineError(
+                    f"engine {link.number} serves version {link.version}, but {self.version} is the "
+                    "newest that was published; publish it before the engine is added"
+                )
+        newest = max((link.version for link, _ in links), default=-1)
+        if newest > self.version:  # a run begins with what its engines serve
+            self.version = newest
             records.append(record(now, EventKind.VERSION_PUBLISHED, version=newest))
         for link, stats in links:
             self.links[link.number] = link
             records.append(
                 record(
-                    now, EventKind.ENGINE_JOINED, engine=link.number, version=link.version,
-                    tokens=stats.kv_capacity, count=stats.max_sequences,
+                    now,
+                    EventKind.ENGINE_JOINED,
+                    engine=link.number,
+                    version=link.version,
+                    tokens=stats.kv_capacity,
+                    count=stats.max_sequences,
                 )  # fmt: skip
             )
             link.run()
@@ -185,6 +193,9 @@ class Dispatch:
 
     def leave(self, link: Link) -> None:
         """The engine gets nothing new, and what it has goes elsewhere."""
+        if link.leaving:
+            return
+        link.leaving = True
         self.tell(record(self.now(), EventKind.ENGINE_LEFT, engine=link.number))
 
     def ready(self) -> None:
@@ -214,17 +225,12 @@ class Dispatch:
             raise EngineError("there is no engine; add one")
 
     def offer_wanted(self) -> None:
-        """Ask for prompts again that were wanted and did not come."""
-        count, self.wanted = self.wanted, 0
-        if not count:
-            return
-        try:
-            prompts = self._prompts(count)
-        except BaseException:
-            self.wanted = count
-            raise
-        self.wanted = max(0, count - len(prompts))
-        if prompts:
+        """Ask for the prompts that were wanted and did not come, until none come."""
+        while self.wanted:
+            prompts = self._prompts(self.wanted)
+            if not prompts:
+                return
+            self.wanted = max(0, self.wanted - len(prompts))
             now = self.now()
             self.tell(*(self._offer(now, prompt) for prompt in prompts))
 
@@ -293,6 +299,9 @@ class Dispatch:
         _log.warning("engine %d failed: %s", link.number, error)
         self.failures[link.number] = error
         link.cancel()
+        if link.leaving and not link.leases:
+            self.news.set()
+            return  # it had left the scheduler already
         told = record(self.now(), EventKind.ENGINE_FAILED, engine=link.number)
         self._guarded(self.tell, told)
 
@@ -325,7 +334,10 @@ class Dispatch:
             if count:
                 self.tell(record(now, EventKind.TOKENS, id=output.lease, tokens=count))
             return
-        reason = output.reason
+        reason, error = output.reason, output.error
+        if reason == "length" and lease.made + count < lease.limit:
+            reason = "failed"
+            error = f"the engine ended it after {lease.made + count} of {lease.limit} tokens"
         if count:
             lease.made += count
             self._made += count
@@ -333,8 +345,8 @@ class Dispatch:
             if reason not in _FINAL and self._loops(lease, output.token_ids):
                 reason = "repetition"
         if reason:
-            if output.error:
-                self._errors[lease.group] = output.error
+            if error:
+                self._errors[lease.group] = error
             if reason == "repetition" and not output.reason:
                 link.abort(lease.number)
             self._end(lease, now, reason, count)

@@ -16,11 +16,11 @@ from kimisys._core.rollout import (
     RepetitionConfig,
     Scheduler,
 )
-from kimisys.errors import EngineError, SchedulerError
+from kimisys.errors import SchedulerError
 from kimisys.rollout.batch import Batch
 from kimisys.rollout.buffer import Prompt, ReplayBuffer
 from kimisys.rollout.dispatch import Dispatch, record
-from kimisys.rollout.engine import Engine, EngineStats
+from kimisys.rollout.engine import Engine
 from kimisys.rollout.link import Link
 from kimisys.rollout.sampling import Sampling
 from kimisys.rollout.spans import Span
@@ -69,7 +69,6 @@ class Driver:
         self._timeout = command_timeout
         self._engines = list(engines)
         self._joined = 0
-        self._leaving: set[int] = set()
         self._trace = None if trace is None else Trace(trace, config)
         self._dispatch = Dispatch(
             config,

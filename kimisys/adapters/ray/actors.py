@@ -95,6 +95,13 @@ class Actors:
                 raise ActorLostError(f"{name} is lost: {_brief(str(error))}") from error
         return {name: done[name] for name in pending}
 
+    def check(self) -> None:
+        """Raise ActorLostError, naming who died, if an actor did: for waits that wait for no
+        actor's answer."""
+        dead, _ = ray.wait([*self._lifetimes], num_returns=1, timeout=0)
+        if dead:
+            raise self._lost(dead[0])
+
     async def answer(self, name: str, call: Any, seconds: float | None = None) -> Any:
         """The result of `call`, which `begin` returned for the actor `name`, awaited for `seconds`
         (None: as long as `wait` waits).

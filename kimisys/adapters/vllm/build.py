@@ -82,6 +82,9 @@ def build(config: EngineConfig) -> LLMEngine:
         max_num_batched_tokens=max(config.max_batched_tokens, config.max_length),
         kv_cache_memory_bytes=config.kv_cache_bytes,
         block_size=_BLOCK_TOKENS,
+        # a seeded sequence cannot take a prefill in parts: vLLM would set back its generator's
+        # offset, which those of the CPU do not have
+        enable_chunked_prefill=False,
         enable_prefix_caching=config.prefix_caching,
         logprobs_mode="processed_logprobs",
         max_logprobs=-1,
