@@ -56,7 +56,7 @@ class Display:
             f"{metrics.completion_length:.1f}",
             f"{metrics.rollout_tokens_per_second:,.0f}",
             f"{metrics.sync_seconds * 1e3:.0f}",
-            f"{metrics.logprob_gap:.1e}",
+            "" if metrics.logprob_gap is None else f"{metrics.logprob_gap:.1e}",
             f"{metrics.loss:+.3f}",
             f"{metrics.step_seconds:.1f}",
         )
