@@ -182,6 +182,8 @@ def scheduler_config(config: TrainConfig, token_budget: int) -> Config:
         order=config.order,
         staleness=config.staleness,
         token_budget=token_budget,
+        # admission counts in batches, which have to have a size for that
+        groups=config.prompts if config.staleness == "admission" else 0,
         live_limit=config.live_limit or config.prompts * config.samples,
         max_staleness=config.max_staleness,
         lease_timeout=timeout,
