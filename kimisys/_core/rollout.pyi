@@ -256,8 +256,8 @@ class RepetitionConfig:
         self,
         *,
         max_period: int = 512,
-        min_tokens: int = 128,
-        min_repeats: int = 4,
+        min_tokens: int = 512,
+        min_repeats: int = 6,
         agreement: float = 0.9,
     ) -> None: ...
     @property

@@ -57,13 +57,14 @@ class ToyEngine:
     stream then raises it.
     """
 
-    step: float = 0.0
+    step: float = 0.001
     version: int | None = 0
     kv_capacity: int = 1 << 20
     max_sequences: int = 16
     length: Callable[[int], int] = long_tailed
     fault: Callable[[ToyEngine], None] = lambda engine: None
-    deaf: bool = False  # start() and abort() do nothing
+    deaf: bool = False  # abort() does nothing
+    loops: Callable[[int], bool] = lambda first: False  # says the first token for ever
     silent: bool = False  # steps make nothing
     stuck: bool = False  # start() does not return
     lies: Callable[[SegmentOutput], SegmentOutput] = lambda output: output
@@ -81,8 +82,6 @@ class ToyEngine:
     async def start(self, segments: Sequence[SegmentRequest]) -> None:
         if self.stuck:
             await asyncio.Event().wait()
-        if self.deaf:
-            return
         self.started.append([s.lease for s in segments])
         for segment in segments:
             assert segment.lease not in self.running
@@ -148,7 +147,8 @@ class ToyEngine:
             sequence.made += 1
             first = sequence.context[PROMPT_TOKENS]
             reason = ""
-            if len(sequence.context) - PROMPT_TOKENS >= self.length(first):
+            made = len(sequence.context) - PROMPT_TOKENS
+            if made >= self.length(first) and not self.loops(first):
                 reason = "stop"
             elif sequence.made == sequence.request.max_tokens:
                 reason = "length"
@@ -159,6 +159,8 @@ class ToyEngine:
     def _token(self, sequence: Running) -> int:
         if len(sequence.context) == PROMPT_TOKENS:
             return random.Random(sequence.request.seed).randrange(VOCABULARY)
+        if self.loops(sequence.context[PROMPT_TOKENS]):
+            return sequence.context[-1]
         return following(sequence.context)
 
     def _output(self, lease: int, tokens: list[int], reason: str) -> SegmentOutput:
