@@ -10,7 +10,7 @@ import numpy as np
 from kimisys.adapters.ray import Actor
 from kimisys.adapters.vllm.engine import Engine, EngineConfig, Sample
 from kimisys.adapters.vllm.segments import Segments
-from kimisys.errors import KimisysError
+from kimisys.errors import EngineError
 from kimisys.rollout.engine import EngineStats, SegmentOutput, SegmentRequest
 
 
@@ -86,5 +86,5 @@ class EngineActor(Actor):
 
     def _started(self) -> Engine:
         if self._engine is None:
-            raise KimisysError("the engine is not started: call start first")
+            raise EngineError("the engine is not started: call start first")
         return self._engine
