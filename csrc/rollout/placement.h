@@ -17,4 +17,13 @@ EngineId place(const State& state, const Predictor& predictor, Slot trajectory);
 // then placed by `place`. O(engines) where there is nothing to do.
 std::vector<Slot> moves(const State& state, const Predictor& predictor);
 
+// Microseconds of a step of the engine with what runs there.
+double step_time(const Config& config, const Engine& engine);
+
+// Whether an engine may be given work: it serves, and what is newest.
+bool serves(const State& state, const Engine& engine);
+
+// `place` for kKvAware and kSticky: the engine whose steps are the shortest.
+EngineId place_kv(const State& state, const Predictor& predictor, Slot trajectory);
+
 }  // namespace kimisys::rollout
