@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
+
+#include "rollout/queue.h"
 
 namespace kimisys::rollout {
 namespace {
@@ -26,9 +29,13 @@ double peak(const State& state, const Predictor& predictor, const Engine& engine
   };
   std::vector<Sequence> sequences;
   sequences.reserve(engine.leases.size() + 1);
+  const double horizon = predictor.typical();
   double now = 0, mean = 0;
   const auto add = [&](Slot slot) {
-    sequences.push_back({static_cast<double>(state.context(slot)), predictor.rest(state, slot)});
+    // Beyond a typical length the future is left to the future: what grows longer than that is
+    // rare, and then paused.
+    const double rest = std::min(predictor.rest(state, slot), horizon);
+    sequences.push_back({static_cast<double>(state.context(slot)), rest});
     now += sequences.back().context;
     mean += sequences.back().rest;
   };
@@ -60,27 +67,29 @@ bool has_room(const State& state, const Predictor& predictor, const Engine& engi
   return peak(state, predictor, engine, trajectory) <= planned;
 }
 
-std::vector<Slot> overflow(const State& state, const Predictor&, const Engine& engine) {
+std::vector<Slot> overflow(const State& state, const Predictor& predictor, const Engine& engine) {
   std::vector<Slot> paused;
   if (state.config.concurrency == Concurrency::kFixed) return paused;
   const auto capacity = static_cast<double>(engine.kv_capacity);
   const double unheard = kUnheard * static_cast<double>(engine.sequences);
   if (static_cast<double>(engine.kv_tokens) + unheard <= capacity) return paused;
-  // The shortest are the cheapest to compute again. The last one stays: elsewhere it would not fit
-  // better.
-  std::vector<std::pair<std::int64_t, Slot>> running;
-  std::int64_t tokens = 0;
+  // The shortest are the cheapest to compute again, those that may end soonest can wait longest.
+  // The last one stays: elsewhere it would not fit better.
+  std::vector<std::pair<double, Slot>> running;
+  double tokens = 0;
   for (const Slot slot : engine.leases) {
     if (state.trajectories[slot].phase != Phase::kRunning) continue;
-    running.emplace_back(state.context(slot), slot);
-    tokens += running.back().first;
+    const auto context = static_cast<double>(state.context(slot));
+    running.emplace_back(by_potential(state.config) ? predictor.potential(state, slot) : context,
+                         slot);
+    tokens += context;
   }
   std::sort(running.begin(), running.end());
   auto left = static_cast<double>(running.size());
-  for (const auto& [context, slot] : running) {
-    if (left <= 1 || static_cast<double>(tokens) + kUnheard * left <= capacity) break;
+  for (const auto& [order, slot] : running) {
+    if (left <= 1 || tokens + kUnheard * left <= capacity) break;
     paused.push_back(slot);
-    tokens -= context;
+    tokens -= static_cast<double>(state.context(slot));
     left -= 1;
   }
   return paused;

@@ -3,6 +3,7 @@
 #include "rollout/concurrency.h"
 #include "rollout/digest.h"
 #include "rollout/machine.h"
+#include "rollout/placement.h"
 
 namespace kimisys::rollout {
 namespace {
@@ -81,7 +82,8 @@ bool Machine::offered(const Event& event) {
                 " samples; ask for 1 to ", kMostSamples);
   KIMISYS_CHECK(event.tokens >= 0 && event.tokens <= kMostTokens, kCode, about(), ": a prompt of ",
                 event.tokens, " tokens; it must be from 0 to ", kMostTokens);
-  KIMISYS_CHECK(event.limit >= 1 && event.limit <= kMostTokens, kCode, about(), ": a limit of ", event.limit, " output tokens; allow 1 to ", kMostTokens);
+  KIMISYS_CHECK(event.limit >= 1 && event.limit <= kMostTokens, kCode, about(), ": a limit of ",
+                event.limit, " output tokens; allow 1 to ", kMostTokens);
   const auto samples = static_cast<std::size_t>(event.count);
   KIMISYS_CHECK(free_trajectories.size() + (kNoSlot - state.trajectories.size()) >= samples, kCode,
                 about(), ": ", state.trajectories.size(),
@@ -161,6 +163,7 @@ bool Machine::tokens(const Event& event) {
   for (const Slot victim : overflow(state, predictor, state.engines[trajectory.engine_place])) {
     pause(victim);
   }
+  if (yields(state, predictor, slot, queue.front(state))) pause(slot);
   // Words of leases close an iteration when they reach its budget, and open it again when one that
   // was asked to pause has begun a group that it must not end without.
   const std::int64_t budget = state.config.token_budget;

@@ -50,8 +50,9 @@ EngineId place_kv(const State& state, const Predictor& predictor, Slot trajector
   const Engine* best = nullptr;
   double least = 0;
   for (const Engine& engine : state.engines) {
-    if (!serves(state, engine)) continue;
-    if (begun && engine.id == last && state.config.placement == Placement::kSticky &&
+    if (!will_serve(state, engine)) continue;
+    if (begun && serves(state, engine) && engine.id == last &&
+        state.config.placement == Placement::kSticky &&
         has_room(state, predictor, engine, trajectory)) {
       return last;
     }
@@ -62,7 +63,8 @@ EngineId place_kv(const State& state, const Predictor& predictor, Slot trajector
       least = step;
     }
   }
-  if (best == nullptr || !has_room(state, predictor, *best, trajectory)) return kNoEngine;
+  if (best == nullptr || !serves(state, *best) || !has_room(state, predictor, *best, trajectory))
+    return kNoEngine;
   return best->id;
 }
 

@@ -12,6 +12,10 @@ constexpr double kLeastCorrelation = 0.1;
 constexpr double kPriorGroups = 8;
 // A prediction from siblings that the trajectory itself has outgrown this far says nothing more.
 constexpr double kLeastProbability = 0.02;
+// Standard deviations to what a length reaches once in a thousand.
+constexpr double kFar = 3;
+// A change of the logarithm's mean, of its variance or of the correlation that counts.
+constexpr double kChange = 0.05;
 // Beyond this many lengths, and this many times those alive, old ones fade.
 constexpr double kMemory = 4096;
 constexpr double kMemoryOfLive = 4;
@@ -73,6 +77,17 @@ void Predictor::refresh(const State& state) {
     if (runs && trajectory.tokens > 0) lengths_.add_running(trajectory.tokens);
   }
   lengths_.refresh();
+  correlate();
+  const std::array<double, 3> known = {lengths_.log_mean(), lengths_.log_variance(), correlation_};
+  for (std::size_t i = 0; i < known.size(); ++i) {
+    if (std::abs(known[i] - known_[i]) < kChange) continue;
+    known_ = known;
+    ++generation_;
+    break;
+  }
+}
+
+void Predictor::correlate() {
   // Fisher's intraclass correlation over pairs, drawn towards none while few groups were seen.
   correlation_ = 0;
   if (pairs_.count == 0) return;
@@ -112,6 +127,17 @@ Predictor::Outlook Predictor::outlook(const State& state, Slot trajectory) const
     if (length > believed) tell(length);
   }
   return outlook;
+}
+
+double Predictor::potential(const State& state, Slot trajectory) const {
+  if (truth_) return rest(state, trajectory);
+  const Trajectory& predicted = state.trajectories[trajectory];
+  const auto tokens = static_cast<double>(predicted.tokens);
+  const auto limit = static_cast<double>(predicted.limit);
+  const Outlook told = outlook(state, trajectory);
+  // What has come near to the most it might become was underrated: it may double.
+  const double most = std::max(std::exp(told.mean + kFar * told.deviation), 2 * tokens);
+  return std::max(1.0, std::min(most, limit) - tokens);
 }
 
 double Predictor::rest(const State& state, Slot trajectory) const {

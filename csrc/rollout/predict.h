@@ -3,6 +3,8 @@
 // future.
 #pragma once
 
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <utility>
@@ -21,6 +23,16 @@ class Predictor {
   // Output tokens still to come, in expectation: at least 1, at most what its limit leaves. O(k).
   double rest(const State& state, Slot trajectory) const;
 
+  // Output tokens that may still come at the most, but for one of a thousand; as `rest` else. In an
+  // iteration that must finish everything this is what its end is late by. O(k).
+  double potential(const State& state, Slot trajectory) const;
+
+  // The median length, as a measure of what is long.
+  double typical() const { return std::exp(lengths_.log_mean()); }
+
+  // Counts how often predictions have changed so much that an order by old ones is out of date.
+  std::int64_t generation() const { return generation_; }
+
   // For simulations alone: from now on `rest` is what the true length leaves, so that a policy can
   // be compared with itself knowing the future.
   using Truth = std::function<std::int64_t(GroupId group, std::uint32_t sample)>;
@@ -38,6 +50,7 @@ class Predictor {
   };
   Outlook outlook(const State& state, Slot trajectory) const;
   void refresh(const State& state);
+  void correlate();
 
   // Sums over pairs of finished siblings, of logarithms of lengths.
   struct Pairs {
@@ -53,6 +66,8 @@ class Predictor {
   Pairs pairs_;
   double correlation_ = 0;
   std::int64_t unrefreshed_ = 0;
+  std::int64_t generation_ = 0;
+  std::array<double, 3> known_ = {};  // mean, variance and correlation at that generation
 };
 
 }  // namespace kimisys::rollout

@@ -12,15 +12,18 @@ Queue::Key Queue::key(const State& state, const Predictor& predictor, Slot traje
   key.number = state.group_of(trajectory).number;
   key.sample = waiting.sample;
   key.slot = trajectory;
-  if (waiting.tokens > 0) {
+  key.begun = waiting.tokens > 0;
+  const bool potential = by_potential(state.config);
+  if (key.begun && !potential) {
     key.rank = Rank::kBegun;
     key.round = -1;
-  } else if (order == Order::kProbeFirst && waiting.sample == 0) {
+  } else if (order == Order::kProbeFirst && !key.begun && waiting.sample == 0) {
     key.rank = Rank::kProbe;
   }
   // Of probes nothing is known that could order them.
   if (order != Order::kFifo && key.rank != Rank::kProbe) {
-    key.rest = -predictor.rest(state, trajectory);
+    key.rest =
+        -(potential ? predictor.potential(state, trajectory) : predictor.rest(state, trajectory));
   }
   return key;
 }
@@ -30,20 +33,32 @@ void Queue::push(const State& state, const Predictor& predictor, Slot trajectory
   if (keys_[trajectory].slot != kNoSlot) return;
   keys_[trajectory] = key(state, predictor, trajectory);
   order_.insert(keys_[trajectory]);
-  if (keys_[trajectory].rank == Rank::kBegun) ++begun_;
+  if (keys_[trajectory].begun) ++begun_;
 }
 
 void Queue::erase(Slot trajectory) {
   if (trajectory >= keys_.size() || keys_[trajectory].slot == kNoSlot) return;
-  if (keys_[trajectory].rank == Rank::kBegun) --begun_;
+  if (keys_[trajectory].begun) --begun_;
   order_.erase(keys_[trajectory]);
   keys_[trajectory].slot = kNoSlot;
 }
 
 void Queue::reorder(const State& state, const Predictor& predictor, Slot group) {
   if (state.config.order == Order::kFifo) return;
+  refresh(state, predictor);
   for (const Slot slot : state.groups[group].trajectories) {
     if (slot >= keys_.size() || keys_[slot].slot == kNoSlot) continue;
+    erase(slot);
+    push(state, predictor, slot);
+  }
+}
+
+void Queue::refresh(const State& state, const Predictor& predictor) {
+  if (generation_ == predictor.generation()) return;
+  generation_ = predictor.generation();
+  std::vector<Slot> waiting;
+  for (const Key& old : order_) waiting.push_back(old.slot);
+  for (const Slot slot : waiting) {
     erase(slot);
     push(state, predictor, slot);
   }

@@ -1,4 +1,6 @@
-// The waiting trajectories, in the order of the policy. What has begun goes before what has not.
+// The waiting trajectories, in the order of the policy. What has begun goes before what has not,
+// except by kProbeFirst in iterations that end when everything has finished: there what may yet
+// take longest goes first, or its end would be what all wait for.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +14,18 @@
 
 namespace kimisys::rollout {
 
+// Whether that exception holds.
+inline bool by_potential(const Config& config) {
+  return config.order == Order::kProbeFirst && config.token_budget == 0 && config.over_issue <= 1 &&
+         config.live_limit == 0;
+}
+
 class Queue {
  public:
   // O(log n). A trajectory is in at most once.
   void push(const State& state, const Predictor& predictor, Slot trajectory);
-  // What a sibling's end says of the others of a group: their places change. O(k log n).
+  // What a sibling's end says of the others of a group: their places change. O(k log n), and
+  // O(n log n) when the predictor has learned much.
   void reorder(const State& state, const Predictor& predictor, Slot group);
   // Nothing happens if it is not in. O(log n).
   void erase(Slot trajectory);
@@ -34,6 +43,7 @@ class Queue {
     Rank rank = Rank::kOther;
     std::int64_t round = 0;  // what an earlier iteration left goes first; what has begun: -1
     double rest = 0;  // predicted, negated: the longest first; 0 where it does not count
+    bool begun = false;
     std::uint64_t number = 0;
     std::uint32_t sample = 0;
     Slot slot = kNoSlot;
@@ -43,6 +53,9 @@ class Queue {
   };
   static Key key(const State& state, const Predictor& predictor, Slot trajectory);
 
+  void refresh(const State& state, const Predictor& predictor);
+
+  std::int64_t generation_ = 0;
   std::set<Key> order_;
   std::vector<Key> keys_;  // by trajectory's slot; slot is kNoSlot where it is not in
   std::size_t begun_ = 0;

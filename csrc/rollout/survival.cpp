@@ -71,7 +71,7 @@ void Survival::refresh() {
   for (std::size_t b = kBuckets; b-- > 0;) {
     integral_[b] = integral_[b + 1] + (lower(b + 1) - lower(b)) * (above_[b] + above_[b + 1]) / 2;
     // The moments are of what was seen: the tail that was only believed in would swamp them.
-    const double seen = ended_[b] + cut_[b];
+    const double seen = ended_[b] + cut_[b] + running_[b];
     if (seen == 0 && mass == 0) continue;
     const double share = mass == 0 ? above_[b] : above_[b] - above_[b + 1];
     const double logarithm = std::log(std::max(1.0, (lower(b) + lower(b + 1)) / 2));
