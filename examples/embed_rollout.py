@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Callable
 
 from kimisys.rollout import Config, Scheduler
 
@@ -11,10 +12,11 @@ from kimisys.rollout import Config, Scheduler
 class Engine:
     """Makes a token every millisecond for each segment; `report` hears of leases and tokens."""
 
-    def __init__(self, number, report):
-        self.number, self.report, self.running = number, report, {}
+    def __init__(self, number: int, report: Callable[..., None]) -> None:
+        self.number, self.report = number, report
+        self.running: dict[int, asyncio.Task[None]] = {}
 
-    async def segment(self, lease, limit):
+    async def segment(self, lease: int, limit: int) -> None:
         for made in range(1, limit + 1):
             await asyncio.sleep(0.001)
             if random.random() < 0.02:
@@ -23,10 +25,10 @@ class Engine:
                 self.report("tokens", lease, 1)
         self.report("ended", lease, "length", 1)
 
-    def start(self, lease, limit):
+    def start(self, lease: int, limit: int) -> None:
         self.running[lease] = asyncio.create_task(self.segment(lease, limit))
 
-    def pause(self, lease):
+    def pause(self, lease: int) -> None:
         if self.running.pop(lease).cancel():
             self.report("ended", lease, "paused", 0)
 
