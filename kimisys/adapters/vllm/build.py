@@ -33,7 +33,8 @@ class EngineConfig:
     max_sequences: int = 512
     """Sequences in one step."""
     max_batched_tokens: int = 8192
-    """Tokens in one step: bounds the prompts that begin together."""
+    """Tokens in one step: bounds the prompts that begin together. At least those of the longest
+    sequence, and one of each other."""
     kv_cache_bytes: int = 512 << 20
     """Memory of the key-value cache of a rank, allocated at start."""
     prefix_caching: bool = False
@@ -48,6 +49,12 @@ class EngineConfig:
     """Of sampling, for calls that give none."""
     timeout_seconds: float = 600.0
     """Longest wait of a call for the engine, its turn included, and of the engine for its ranks."""
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens in one step: as prefills are whole, the longest must fit beside a token of
+        every other sequence, or it would wait for these to end."""
+        return max(self.max_batched_tokens, self.max_length + self.max_sequences)
 
     @property
     def own_threads(self) -> int:
@@ -79,7 +86,7 @@ def build(config: EngineConfig) -> LLMEngine:
         tensor_parallel_size=config.tensor_parallel,
         max_model_len=config.max_length,
         max_num_seqs=config.max_sequences,
-        max_num_batched_tokens=max(config.max_batched_tokens, config.max_length),
+        max_num_batched_tokens=config.step_tokens,
         kv_cache_memory_bytes=config.kv_cache_bytes,
         block_size=_BLOCK_TOKENS,
         # a seeded sequence cannot take a prefill in parts: vLLM would set back its generator's

@@ -26,7 +26,12 @@ def engine(folders: dict[str, Path], tmp_path: Path) -> Iterator[SegmentsProcess
     tensors = weights(random_model(folders["tied"], seed=1))
     live = memory_layout(tensors)
     engine = SegmentsProcess(
-        folders["tied"], max_length=128, kv_cache_bytes=TOKENS * TOKEN_BYTES, cpus=[CPU]
+        folders["tied"],
+        max_length=128,
+        max_sequences=32,
+        max_batched_tokens=1,  # which is raised to 160: not all prompts begin together
+        kv_cache_bytes=TOKENS * TOKEN_BYTES,
+        cpus=[CPU],
     )
     try:
         with Publisher(live, snapshot_layout(live, None), 0, tmp_path / "rank0") as publisher:
@@ -43,18 +48,23 @@ def test_sequences_that_lose_their_memory_make_the_same_and_a_failed_step_ends_a
 ) -> None:
     assert set(map(tuple, engine.call("affinities"))) == {(CPU,)}
     assert engine.stats().kv_capacity == TOKENS - 32
-    alone = {}
-    for prompt in PROMPTS:
-        (made,) = engine.finish(engine.start([request(prompt, 80)]))
-        alone[tuple(prompt)] = made.token_ids
+    requests = [
+        request(prompt, 80, temperature=temperature, seed=seed)
+        for prompt in PROMPTS
+        for temperature, seed in ((0.0, None), (1.0, 1), (1.0, 2))
+    ]
+    alone = [engine.finish(engine.start([one]))[0].token_ids for one in requests]
     engine.call("steps")
-    leases = engine.start([request(prompt, 80) for prompt in PROMPTS * 3])
+    leases = engine.start(requests)
     engine.until(lambda: any(engine.made[lease].token_ids for lease in leases))
     stats = engine.stats()
     assert stats.running + stats.waiting == len(leases)
     made = engine.finish(leases)
-    assert [one.token_ids for one in made] == [alone[tuple(prompt)] for prompt in PROMPTS * 3]
-    assert sum(engine.call("steps")["preempted"]) > 0, "the memory sufficed"
+    assert [one.token_ids for one in made] == alone
+    steps = engine.call("steps")
+    assert sum(steps["preempted"]) > 0, "the memory sufficed"
+    assert steps["batch"][0] < len(leases), "all prompts began together"
+    assert max(steps["prefill_tokens"]) <= 160
 
     engine.start([request(PROMPTS[0], 100)])
     engine.call("break_model")
