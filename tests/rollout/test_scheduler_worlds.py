@@ -4,6 +4,7 @@ legal events and all combinations of policies."""
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import numpy as np
@@ -195,7 +196,9 @@ class World(RuleBasedStateMachine):
 
     def kill(self, lease: int) -> None:
         running = self.leases.pop(lease)
-        self.groups[running.group][running.sample].lease = None
+        sample = self.groups[running.group][running.sample]
+        sample.lease = None
+        sample.finished |= sample.tokens == LIMIT  # whatever ended it, nothing is left to make
         self.dead.append(lease)
 
     def made(self, lease: int, tokens: int) -> None:
@@ -251,9 +254,7 @@ class World(RuleBasedStateMachine):
             return
         self.made(lease, tokens)
         sample = self.groups[running.group][running.sample]
-        sample.finished = reason in ("stop", "repetition") or (
-            reason == "length" and sample.tokens == LIMIT
-        )
+        sample.finished = reason in ("stop", "repetition")
         self.kill(lease)
         code = EndReason[reason.upper()]
         self.tell(EventKind.SEGMENT_ENDED, id=lease, tokens=tokens, reason=code)
@@ -292,6 +293,30 @@ class World(RuleBasedStateMachine):
             self.leaving.discard(engine)
             self.tell(EventKind.ENGINE_FAILED, engine=engine)
             assert not self.holds(engine)
+
+    @rule(seed=st.integers(0, 1 << 30), rounds=st.integers(1, 40))
+    def work(self, seed: int, rounds: int) -> None:
+        """All that is honest and diligent, for a while: so that iterations come to their ends."""
+        rng = random.Random(seed)
+        for _ in range(rounds):
+            self.now += 10
+            if rng.random() < 0.3:
+                self.publish()
+            self.trainer()
+            while self.updating:
+                self.updated(0)
+            if self.wanted:
+                self.offer(4)
+            for place in range(len(self.leases)):
+                if rng.random() < 0.1:
+                    self.end(
+                        place, rng.randrange(9), rng.choice(["stop"] * 5 + ["length", "failed"])
+                    )
+                else:
+                    self.tokens(place, rng.randrange(8))
+            for lease in [n for n, r in self.leases.items() if r.pausing]:
+                if lease in self.leases:
+                    self.end(list(self.leases).index(lease), 0, "paused")
 
     def holds(self, engine: int) -> bool:
         return any(r.engine == engine for r in self.leases.values())
@@ -343,4 +368,4 @@ class World(RuleBasedStateMachine):
 
 
 TestWorld = World.TestCase
-TestWorld.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestWorld.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
