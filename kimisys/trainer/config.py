@@ -193,7 +193,7 @@ class RolloutConfig(RunConfig):
     staleness: Literal["wait", "drop", "admission"] = "wait"
     """What is done about a group that would get staler. wait: the iteration does not end without
     it. drop: it is not trained. admission: as wait, and no more is begun than can be trained in
-    time."""
+    time, at most --prompts groups in a step."""
     placement: Literal["kv_aware", "least_loaded", "sticky", "group_round_robin"] = "kv_aware"
     """With a budget: which engine a completion goes to: by what the engines' KV caches will hold,
     by their number of sequences, where it began, or all of a group to one engine in turn (always

@@ -309,7 +309,6 @@ class Master:
 
     def _summary(self, status: str) -> Summary:
         progress, watch = self._progress, self._progress.watch
-        seconds = sum(s.rollout_seconds for s in self._steps)
         return Summary(
             status=status,
             **_measured("before", progress.before),
@@ -326,9 +325,7 @@ class Master:
             logprob_gap_bound=watch.bound,
             logprob_gap_exceeded_at=watch.exceeded_at,
             probe_gap_max=watch.probe_gap,
-            rollout_tokens_per_second=sum(s.tokens for s in self._steps) / seconds
-            if seconds
-            else 0.0,
+            rollout_tokens_per_second=_sampling_rate(self._steps),
             seed=self._config.seed,
             delta_density_median=statistics.median(watch.density) if watch.density else None,
             delta_bytes_total=watch.wire_nbytes,
@@ -336,6 +333,14 @@ class Master:
             control_compared=watch.compared or None,
             **_sampled(self._steps),
         )
+
+
+def _sampling_rate(steps: Sequence[StepMetrics]) -> float:
+    """Tokens per second of sampling, over all steps; engines that sample while ranks train do so
+    for longer than a batch is waited for."""
+    made = [(s.made_tokens or s.tokens, s.rollout_tokens_per_second) for s in steps]
+    seconds = sum(tokens / rate for tokens, rate in made if rate)
+    return sum(tokens for tokens, _ in made) / seconds if seconds else 0.0
 
 
 def _sampled(steps: Sequence[StepMetrics]) -> dict[str, Any]:

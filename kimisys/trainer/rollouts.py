@@ -4,7 +4,6 @@ on sampling while the ranks train."""
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -78,7 +77,9 @@ class Rollouts:
     ) -> None:
         try:
             if self._driver is not None:
-                self._call(self._driver.__aexit__(kind, error, trace), CLOSE_SECONDS)
+                closing = self._driver.__aexit__(kind, error, trace)
+                # whoever has died by now is no reason not to let go of the others
+                asyncio.run_coroutine_threadsafe(closing, self._loop).result(CLOSE_SECONDS)
         finally:
             self._end()
 
@@ -140,15 +141,14 @@ class Rollouts:
         await driver.__aenter__()
         return driver
 
-    def _call(self, coroutine: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine` gives in the loop, waited for as long as everybody lives."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        deadline = math.inf if seconds is None else time.monotonic() + seconds
         while True:
             try:
                 return future.result(_LOOK_SECONDS)
             except TimeoutError:
-                if future.done() or time.monotonic() > deadline:
+                if future.done():
                     raise
                 self._alive()
 
@@ -157,10 +157,18 @@ class Rollouts:
         return self._driver
 
     def _end(self) -> None:
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_SECONDS)
-        if not self._thread.is_alive():
-            self._loop.close()
+        self._loop.close()
+
+
+async def _cancel_others() -> None:
+    """What a driver that could not be closed has left running."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def scheduler_config(config: TrainConfig, token_budget: int) -> Config:
@@ -182,6 +190,8 @@ def scheduler_config(config: TrainConfig, token_budget: int) -> Config:
         order=config.order,
         staleness=config.staleness,
         token_budget=token_budget,
+        # admission counts in batches, which have to have a size for that
+        groups=config.prompts if config.staleness == "admission" else 0,
         live_limit=config.live_limit or config.prompts * config.samples,
         max_staleness=config.max_staleness,
         lease_timeout=timeout,

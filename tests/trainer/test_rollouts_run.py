@@ -128,9 +128,9 @@ def test_whole_iterations_are_the_synchronous_loop(tmp_path: Path) -> None:
 def test_a_killed_run_loses_no_prompt(tmp_path: Path, deployment: str) -> None:
     out = tmp_path / "run"
     run = start_run(out, *OPTIONS, "--deployment", deployment)
-    read_until(run, f"3/{STEPS}")
+    read_until(run, f" 3/{STEPS} ")
     os.kill(run.pid, signal.SIGKILL)
-    run.communicate(timeout=100)
+    run.communicate(timeout=200)
     assert wait_for_nothing() == {}
     state = json.loads(newest_state(out).read_text())
     waiting, done = state["waiting"], state["step"]
