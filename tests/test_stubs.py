@@ -40,14 +40,15 @@ def stub_of(module: ModuleType) -> str:
 
 def signature(function: ast.FunctionDef) -> Signature:
     given = function.args
-    assert given.kwarg is None and given.vararg is None, f"{function.name} takes anything"
+    assert given.vararg is None, f"{function.name} takes anything"
     positional = [*given.posonlyargs, *given.args]
     missing: list[ast.expr | None] = [None] * (len(positional) - len(given.defaults))
     pairs = [
         *zip(positional, [*missing, *given.defaults], strict=True),
         *zip(given.kwonlyargs, given.kw_defaults, strict=True),
     ]
-    return [(a.arg, d and ast.unparse(d)) for a, d in pairs if a.arg != "self"]
+    named = [(a.arg, d and ast.unparse(d)) for a, d in pairs if a.arg != "self"]
+    return named + ([(f"**{given.kwarg.arg}", None)] if given.kwarg else [])
 
 
 def is_property(function: ast.FunctionDef) -> bool:
