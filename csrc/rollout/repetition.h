@@ -54,7 +54,7 @@ class RepetitionDetector {
   std::int64_t position() const { return position_; }  // tokens looked at
 
   static constexpr int kPlaces = 8;             // of a gram that are looked at
-  static constexpr std::int64_t kCredit = 256;  // tokens compared per token, in the long run
+  static constexpr std::int64_t kCredit = 1024;  // tokens compared per token, in the long run
 
  private:
   using Due = std::pair<std::int64_t, std::int64_t>;  // position, period
