@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -18,7 +19,8 @@ _SLOW = 20.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """Seconds per step, per sequence and step, per KV token and step, per prefilled token.
+    """Seconds per step, per sequence and step, per KV token and step, per prefilled token; between:
+    that pass between the end of a step and the start of the next, where one follows at once.
 
     fitted, held_out: how many steps. left_out: of the fitted part, those that were far too slow;
     left_out_seconds: what they took. total_error: predicted against measured seconds of all held
@@ -30,6 +32,7 @@ class Calibration:
     sequence: float
     kv_token: float
     prefill_token: float
+    between: float
     fitted: int
     held_out: int
     left_out: int
@@ -43,26 +46,30 @@ class Calibration:
         return _design(steps) @ weights
 
 
-def calibrated(steps: npt.NDArray[Any], share: float = 0.6) -> Calibration:
-    """Fit to the first `share` of `steps` in the order of their starts, test on the rest.
+def calibrated(engines: Sequence[npt.NDArray[Any]], share: float = 0.6) -> Calibration:
+    """Fit to the first `share` of the steps of each engine, test on the rest.
 
-    steps: a structured array with, at least, the fields start and seconds (seconds), batch
-    (sequences), kv_tokens (that they hold) and prefill_tokens (whose KV the step computes besides
-    the new tokens'). Raises WorkloadError for too few.
+    engines: for each its steps in the order of their starts, a structured array with, at least, the
+    fields start and seconds (seconds), batch (sequences), kv_tokens (that they hold) and
+    prefill_tokens (whose KV the step computes besides the new tokens'). Raises WorkloadError for
+    too few.
     """
-    steps = np.sort(steps[steps["batch"] > 0], order="start")
-    cut = int(len(steps) * share)
-    first, rest = steps[:cut], steps[cut:]
-    if len(first) < 2 * len(TERMS) or not len(rest):
+    busy = [steps[steps["batch"] > 0] for steps in engines]
+    cuts = [int(len(steps) * share) for steps in busy]
+    firsts = [steps[:cut] for steps, cut in zip(busy, cuts, strict=True)]
+    if sum(cuts) < 2 * len(TERMS):
         raise WorkloadError(
-            f"{len(steps)} timed steps are too few to fit {len(TERMS)} numbers to {share:.0%} of "
-            "them and test them on the rest; let the run go on for longer"
+            f"{sum(map(len, busy))} timed steps are too few to fit {len(TERMS)} numbers to "
+            f"{share:.0%} of them and test them on the rest; let the run go on for longer"
         )
+    first = np.concatenate(firsts)
+    rest = np.concatenate([steps[cut:] for steps, cut in zip(busy, cuts, strict=True)])
     slow = first["seconds"] > _SLOW * np.median(first["seconds"])
     weights = non_negative_least_squares(_design(first[~slow]), first["seconds"][~slow])
     predicted, measured = _design(rest) @ weights, rest["seconds"]
     return Calibration(
         *(float(weight) for weight in weights),
+        between=_between(firsts),
         fitted=int((~slow).sum()),
         held_out=len(rest),
         left_out=int(slow.sum()),
@@ -91,6 +98,16 @@ def non_negative_least_squares(
                 best, least = np.zeros(columns), error
                 best[chosen] = part
     return best / scale
+
+
+def _between(engines: Sequence[npt.NDArray[Any]]) -> float:
+    """The mean pause after a step that another of the engine follows within the time of ten."""
+    short = []
+    for steps in engines:
+        pauses = steps["start"][1:] - steps["start"][:-1] - steps["seconds"][:-1]
+        short.append(pauses[(pauses >= 0) & (pauses < 10 * np.median(steps["seconds"]))])
+    found = np.concatenate(short)
+    return float(found.mean()) if len(found) else 0.0
 
 
 def _design(steps: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

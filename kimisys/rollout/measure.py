@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from kimisys._core.rollout import (
+    EngineModel,
+    Lots,
+    Outcome,
+    Simulation,
+    bounds,
+    offline,
+    simulate,
+)
 
-from kimisys._core.rollout import EngineModel, Lots, Outcome, Simulation, simulate
 from kimisys.errors import WorkloadError
-from kimisys.rollout.policies import Policy
+from kimisys.rollout.policies import Policy, policy
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,20 @@ class Measured:
         return self.recomputed / max(1, self.decoded)
 
 
+@dataclass(frozen=True)
+class Floor:
+    """Of whole iterations whose lengths are all known: seconds of the rollouts of `batches`
+    batches. schedule: the best that was found (None: not searched), timing `evaluations` lists of
+    engines; bound: what none can beat."""
+
+    batches: int
+    bound: float
+    schedule: float | None
+    evaluations: int
+
+
 def run(
-    policy: Policy,
+    chosen: Policy,
     setting: Setting,
     lots: Lots,
     *,
@@ -86,29 +106,50 @@ def run(
 ) -> Outcome:
     """One simulation. Raises WorkloadError if the lots do not suffice, SchedulerError for numbers
     that make no sense."""
+    return simulate(_simulation(chosen, setting, lots, iterations, knob), lots, spans)
+
+
+def floor(setting: Setting, lots: Lots, evaluations: int, seed: int) -> Floor:
+    """Bound and best schedule of the measured iterations as whole ones, without training.
+
+    evaluations: lists of engines to time for each batch; 0: no search. Raises as `run`.
+    """
+    alone = replace(setting, train_base=0.0, train_token=0.0, reward_latency=0.0)
+    known = _simulation(policy("default"), alone, lots, setting.iterations, None)
+    found = offline(known, lots, evaluations, seed) if evaluations else None
+    return Floor(
+        setting.iterations,
+        bounds(known, lots).seconds,
+        found.seconds if found is not None else None,
+        found.evaluations if found is not None else 0,
+    )
+
+
+def _simulation(
+    chosen: Policy, setting: Setting, lots: Lots, iterations: int, knob: float | None
+) -> Simulation:
     most = int(setting.engine["max_sequences"])
-    model = EngineModel(**{**setting.engine, "max_sequences": policy.cap(most, knob)})
-    simulation = Simulation(
-        config=policy.config(setting.groups, setting.token_budget, lots.samples, knob),
+    model = EngineModel(**{**setting.engine, "max_sequences": chosen.cap(most, knob)})
+    return Simulation(
+        config=chosen.config(setting.groups, setting.token_budget, lots.samples, knob),
         engines=[model] * setting.engines,
         iterations=iterations,
         train_base=setting.train_base,
         train_token=setting.train_token,
         reward_latency=setting.reward_latency,
         report_interval=setting.report_interval,
-        oracle=policy.oracle,
+        oracle=chosen.oracle,
     )
-    return simulate(simulation, lots, spans)
 
 
-def measure(policy: Policy, setting: Setting, lots: Lots, knob: float | None = None) -> Measured:
+def measure(chosen: Policy, setting: Setting, lots: Lots, knob: float | None = None) -> Measured:
     """Simulate the warm-up alone, then it and the measured iterations: the same prefix, so that the
     difference is what the measured ones did."""
     if setting.iterations < 1:
         raise WorkloadError(f"iterations is {setting.iterations}; it must be 1 at least")
-    whole = run(policy, setting, lots, iterations=setting.warm_up + setting.iterations, knob=knob)
+    whole = run(chosen, setting, lots, iterations=setting.warm_up + setting.iterations, knob=knob)
     before = (
-        run(policy, setting, lots, iterations=setting.warm_up, knob=knob)
+        run(chosen, setting, lots, iterations=setting.warm_up, knob=knob)
         if setting.warm_up
         else None
     )
@@ -130,7 +171,7 @@ def measure(policy: Policy, setting: Setting, lots: Lots, knob: float | None = N
     stale = difference(whole.ledger.stale, before.ledger.stale if before else None)
     busy = difference(whole.busy, before.busy if before else None)
     return Measured(
-        policy=policy.name,
+        policy=chosen.name,
         knob=knob,
         seconds=seconds,
         groups=groups,
@@ -154,14 +195,14 @@ def mean_length(lots: Lots, groups: int | None = None) -> float:
     return float(np.minimum(np.asarray(lots.lengths)[:last], lots.limit).mean())
 
 
-def tuned(policy: Policy, setting: Setting, tuning: list[Lots]) -> float | None:
-    """The value of the policy's knob that trains the most tokens per second over `tuning`: other
+def tuned(chosen: Policy, setting: Setting, tuning: list[Lots]) -> float | None:
+    """The value of the knob that trains the most tokens per second over `tuning`: other
     draws of the workload than those it is then measured on. None where there is no knob."""
-    if not policy.knob:
+    if not chosen.knob:
         return None
 
     def speed(value: float) -> float:
-        results = [measure(policy, setting, lots, value) for lots in tuning]
+        results = [measure(chosen, setting, lots, value) for lots in tuning]
         return sum(one.tokens for one in results) / sum(one.seconds for one in results)
 
-    return max(policy.knob_values, key=speed)
+    return max(chosen.knob_values, key=speed)

@@ -11,8 +11,16 @@ from rich.console import Console
 
 from kimisys._core.rollout import Lots, Outcome
 from kimisys.errors import WorkloadError
-from kimisys.rollout.measure import Measured, Setting, measure, mean_length, run, tuned
-from kimisys.rollout.offline import Floor, floor
+from kimisys.rollout.measure import (
+    Floor,
+    Measured,
+    Setting,
+    floor,
+    mean_length,
+    measure,
+    run,
+    tuned,
+)
 from kimisys.rollout.policies import Policy, policies
 from kimisys.rollout.workload import Prompts, fit, lognormal, pareto, read_lengths
 from kimisys.trainer.metrics import write_json

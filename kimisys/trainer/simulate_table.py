@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from kimisys.rollout.measure import Measured, Setting
-from kimisys.rollout.offline import Floor
+from kimisys.rollout.measure import Floor, Measured, Setting
 from kimisys.rollout.policies import policies
 
 _COLUMNS = (
@@ -15,9 +14,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def comparison_table(
-    measured: Sequence[Measured], best: Floor | None, setting: Setting
-) -> Table:
+def comparison_table(measured: Sequence[Measured], best: Floor | None, setting: Setting) -> Table:
     """A row for each policy; x: tokens per second against group_round_robin's (without it, against
     the first one's). Below, for whole iterations, the best schedule of known lengths, and bounds."""
     table = Table(

@@ -26,8 +26,8 @@ STEP = np.dtype(
 TRUE = {"step": 4e-3, "sequence": 60e-6, "kv_token": 20e-9, "prefill_token": 25e-6}
 
 
-def taken(count: int, noise: float = 0.0, **model: float) -> npt.NDArray[Any]:
-    """Steps of an engine of this model, with relative noise."""
+def taken(count: int, noise: float = 0.0, pause: float = 0.0, **model: float) -> npt.NDArray[Any]:
+    """Steps of an engine of this model, with relative noise, and pauses between."""
     random = np.random.default_rng(1)
     steps = np.zeros(count, STEP)
     steps["batch"] = random.integers(1, 128, count)
@@ -41,12 +41,12 @@ def taken(count: int, noise: float = 0.0, **model: float) -> npt.NDArray[Any]:
         + model["prefill_token"] * steps["prefill_tokens"]
     )
     steps["seconds"] = exact * np.exp(noise * random.standard_normal(count))
-    steps["start"] = np.cumsum(steps["seconds"])
+    steps["start"] = np.cumsum(steps["seconds"]) - steps["seconds"] + pause * np.arange(count)
     return steps
 
 
 def test_exact_steps_give_the_model() -> None:
-    found = calibrated(taken(500))
+    found = calibrated([taken(500)])
     for term in TERMS:
         assert getattr(found, term) == pytest.approx(TRUE[term], rel=1e-6)
     assert found.total_error == pytest.approx(0, abs=1e-9)
@@ -55,7 +55,7 @@ def test_exact_steps_give_the_model() -> None:
 
 
 def test_noisy_steps_give_about_the_model_and_the_noise() -> None:
-    found = calibrated(taken(20_000, noise=0.1))
+    found = calibrated([taken(20_000, noise=0.1)])
     for term in TERMS:
         assert getattr(found, term) == pytest.approx(TRUE[term], rel=0.05)
     assert abs(found.total_error) < 0.02
@@ -65,28 +65,34 @@ def test_noisy_steps_give_about_the_model_and_the_noise() -> None:
 def test_an_engine_that_gets_slower_shows_in_the_held_out_error() -> None:
     steps = taken(1000)
     steps["seconds"][600:] *= 1.25
-    assert calibrated(steps).total_error == pytest.approx(1 / 1.25 - 1, rel=1e-3)
+    assert calibrated([steps]).total_error == pytest.approx(1 / 1.25 - 1, rel=1e-3)
 
 
 def test_a_compilation_is_left_out_and_told() -> None:
     steps = taken(500)
     steps["seconds"][3] = 18.0
-    found = calibrated(steps)
+    found = calibrated([steps])
     assert (found.left_out, found.left_out_seconds) == (1, 18.0)
     assert found.step == pytest.approx(TRUE["step"], rel=1e-6)
 
 
-def test_steps_without_sequences_and_out_of_order_change_nothing() -> None:
+def test_steps_without_sequences_change_nothing() -> None:
     steps = taken(500)
     idle = np.zeros(30, STEP)
-    idle["seconds"] = 1.0
-    mixed = np.random.default_rng(2).permutation(np.concatenate([steps, idle]))
-    assert calibrated(mixed) == calibrated(steps)
+    assert calibrated([np.concatenate([idle, steps])]) == calibrated([steps])
+
+
+def test_pauses_are_of_one_engine_and_not_of_idleness() -> None:
+    steps = taken(500, pause=3e-4)
+    later = taken(500, pause=5e-4)
+    later["start"] += 1e-4  # between the other's
+    later["start"][250:] += 60.0  # idle
+    assert calibrated([steps, later]).between == pytest.approx(4e-4, rel=1e-2)
 
 
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(WorkloadError, match="10 timed steps are too few"):
-        calibrated(taken(10))
+        calibrated([taken(10)])
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(4, 30))
