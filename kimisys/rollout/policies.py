@@ -51,8 +51,7 @@ class Policy:
         elif self.knob == "over_issue":
             fields["over_issue"] = knob
         elif self.knob == "max_staleness":
-            # by its accounting: so many batches may be under way beyond the one that is waited for
-            fields |= {"max_staleness": int(knob), "over_issue": 1.0 + knob}
+            fields["max_staleness"] = int(knob)
         return Config(**fields)
 
     def cap(self, most: int, knob: float | None = None) -> int:

@@ -57,8 +57,8 @@ def calibrate(folder: Path, config: SimulateConfig, console: Console) -> None:
         highlight=False,
     )
     console.print(
-        f"rollouts of {prediction.batches} batches: measured {prediction.measured:.2f} s, simulated "
-        f"{prediction.simulated:.2f} s ({prediction.error:+.1%}); {prediction.unfinished:,} of "
+        f"rollouts of {prediction.batches} batches: measured {prediction.measured:.2f} s, "
+        f"simulated {prediction.simulated:.2f} s ({prediction.error:+.1%}); {prediction.unfinished:,} of "
         f"{prediction.begun:,} trajectories had not ended, their lengths are drawn.",
         highlight=False,
     )

@@ -69,7 +69,7 @@ class SimulateConfig:
     """Batches before, where iterations do not stand alone: at first only short trajectories are
     complete."""
     token_budget: int = 0
-    """Output tokens of an iteration of partial rollouts; 0: what a batch of groups has on average."""
+    """Output tokens of an iteration of partial rollouts; 0: what a batch has on average."""
     train_base: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 0.0
     """What a training step takes whatever its tokens."""
     train_token: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 0.0

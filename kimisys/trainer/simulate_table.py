@@ -16,7 +16,8 @@ _COLUMNS = (
 
 def comparison_table(measured: Sequence[Measured], best: Floor | None, setting: Setting) -> Table:
     """A row for each policy; x: tokens per second against group_round_robin's (without it, against
-    the first one's). Below, for whole iterations, the best schedule of known lengths, and bounds."""
+    the first one's). Below, for whole iterations, the best schedule of known lengths and a bound.
+    """
     table = Table(
         box=None,
         padding=(0, 1),
