@@ -1,4 +1,4 @@
-"""`python -m bench.schedules --json FILE --plot FILE`: run the study, keep its numbers, draw them."""
+"""`python -m bench.schedules --json FILE --plot FILE`: run the study, keep and draw its numbers."""
 
 from __future__ import annotations
 
