@@ -17,6 +17,11 @@ class TraceError(KimisysError):
     """A traced loader did something that is not a copy of known elements; the message names it."""
 
 
+class EngineError(KimisysError):
+    """An inference engine failed, said what cannot be, or did not answer before its deadline; the
+    message names it."""
+
+
 class CheckpointError(KimisysError):
     """A checkpoint folder is incomplete, truncated or inconsistent; the message names the file."""
 
@@ -30,6 +35,7 @@ __all__ = [
     "BufferMismatchError",
     "CheckpointError",
     "DigestError",
+    "EngineError",
     "KimisysError",
     "LayoutError",
     "NotFiniteError",

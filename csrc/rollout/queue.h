@@ -3,6 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
+#include <tuple>
+#include <vector>
 
 #include "rollout/predict.h"
 #include "rollout/state.h"
@@ -25,7 +28,10 @@ class Queue {
   std::size_t begun() const;  // of those, how many have tokens
 
  private:
-  // Policy's own.
+  using Key = std::tuple<bool, std::uint64_t, std::uint32_t, Slot>;
+  std::set<Key> order_;
+  std::vector<Key> keys_;
+  std::size_t begun_ = 0;
 };
 
 }  // namespace kimisys::rollout

@@ -46,6 +46,8 @@ struct Counts {
   std::int64_t spent = 0;  // output tokens of this iteration
 };
 
+struct Machine;
+
 class Scheduler {
  public:
   explicit Scheduler(const Config& config);  // raises SchedulerError, see check()
@@ -81,7 +83,6 @@ class Scheduler {
   void audit() const;
 
  private:
-  struct Machine;
   std::unique_ptr<Machine> machine_;
 };
 
