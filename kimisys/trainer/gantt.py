@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 
-VERSIONS = ("#2f6db3", "#e08a2e", "#3a9b74", "#c8504f", "#7d5fb2", "#5bb0c9")
-"""Colours of weight versions, in turn; to be read on light and on dark ground."""
+COLOURS = ("#2f6db3", "#e08a2e", "#3a9b74", "#c8504f", "#7d5fb2", "#5bb0c9")
+"""Of weight versions, in turn; to be read on light and on dark ground."""
 _GAP = 0.18  # of an engine's row: what keeps it apart from the next
 
 
@@ -72,12 +72,17 @@ def running(bars: Bars, engine: int, edges: npt.NDArray[np.float64]) -> npt.NDAr
 
 
 def draw_gantt(
-    axes: Axes, bars: Bars, engines: Sequence[int], *, seams: bool = False, raster: bool = True
+    axes: Axes,
+    bars: Bars,
+    engines: Sequence[int],
+    *,
+    colour: npt.NDArray[np.int64] | None = None,
+    few: bool = False,
 ) -> None:
     """A row for each engine, in it a lane for each sequence that runs there, coloured by version.
 
-    seams: leave a line of ground between two segments, for pictures of a few. raster: as pixels
-    inside a vector file, for pictures of many.
+    colour: numbers of colours to take instead. few: segments are drawn apart from each other, and
+    as vectors; otherwise as pixels, also within a vector file.
     """
     lane = lanes(bars)
     most = int(lane.max(initial=0)) + 1
@@ -85,7 +90,7 @@ def draw_gantt(
     row = np.array([place[int(engine)] for engine in bars.engine], np.float64)
     height = (1 - _GAP) / most
     bottom = row + _GAP / 2 + lane * height
-    top = bottom + height * (0.86 if seams else 1.0)
+    top = bottom + height * (0.82 if few else 1.0)
     corners = np.stack(
         [
             np.stack([bars.start, bottom], axis=1),
@@ -95,15 +100,15 @@ def draw_gantt(
         ],
         axis=1,
     )
-    palette = np.array([to_rgba(colour) for colour in VERSIONS])
+    palette = np.array([to_rgba(one) for one in COLOURS])
     axes.add_collection(
         PolyCollection(
             list(corners),
-            facecolors=palette[bars.version % len(palette)],
+            facecolors=palette[(bars.version if colour is None else colour) % len(palette)],
             edgecolors="none",
             linewidths=0,
-            antialiaseds=seams,
-            rasterized=raster,
+            antialiaseds=few,
+            rasterized=not few,
         )
     )
     axes.set_ylim(len(engines), 0)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kimisys._core.rollout import Outcome
-from kimisys.trainer.gantt import VERSIONS, Bars, draw_gantt
+from kimisys.trainer.gantt import COLOURS, Bars, draw_gantt
 
 _INK, _FAINT = "#3b4450", "#d5dae0"
 STYLE: dict[Any, Any] = {
@@ -46,9 +46,9 @@ def plot_policies(
             last = max(last, outcome.seconds)
         panels[-1].set(xlim=(0, last), xlabel="seconds")
         newest = max(int(outcome.spans["version"].max(initial=0)) for _, outcome in runs)
-        versions = range(min(newest + 1, len(VERSIONS)))
+        versions = range(min(newest + 1, len(COLOURS)))
         figure.legend(
-            handles=[Patch(color=VERSIONS[v], label=f"version {v}") for v in versions],
+            handles=[Patch(color=COLOURS[v], label=f"version {v}") for v in versions],
             loc="outside lower center",
             ncols=len(versions),
             frameon=False,
