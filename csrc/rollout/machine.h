@@ -142,6 +142,7 @@ struct Machine {
   std::int64_t spent = 0;   // output tokens since the last batch
   std::int64_t wanted = 0;  // prompts asked for and not offered yet
   std::int64_t wanted_since = 0;
+  bool unsettled = false;  // offers wait for those that are still to come
   std::uint64_t digest = 0;
 
   std::vector<Action>* out = nullptr;  // of the event that is handled

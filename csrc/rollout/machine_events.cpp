@@ -33,7 +33,11 @@ void Machine::handle(const Event& event, std::vector<Action>& actions) {
     state.now = before;
     throw;
   }
-  if (changed) {
+  if (event.kind == EventKind::kOffered && wanted > 0) {
+    // The order of the policy has more to choose from once the others that were asked for are here.
+    unsettled = true;
+  } else if (changed || unsettled) {
+    unsettled = false;
     settle();
   }
   digest = chain(digest, event);

@@ -25,7 +25,11 @@ void Scheduler::handle(std::span<const Event> events, std::vector<Action>& actio
   }
 }
 
-std::int64_t Scheduler::next_deadline() const { return machine_->deadlines.next(machine_->state); }
+std::int64_t Scheduler::next_deadline() const {
+  if (machine_->unsettled) return machine_->state.now;
+  return machine_->deadlines.next(machine_->state);
+}
+
 std::vector<Blocker> Scheduler::blockers() const { return machine_->blockers(); }
 Counts Scheduler::counts() const { return machine_->counts(); }
 const Ledger& Scheduler::ledger() const { return machine_->ledger; }

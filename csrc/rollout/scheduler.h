@@ -66,6 +66,7 @@ class Scheduler {
   void handle(std::span<const Event> events, std::vector<Action>& actions, std::size_t& taken);
 
   // When kTime is due at the latest, in microseconds; kNever: nothing is pending. O(1) amortised.
+  // Now, where a kWant was answered in part: what came starts at the next event that is no offer.
   std::int64_t next_deadline() const;
 
   // What keeps the batch from being complete, worst first; empty when nothing is asked for.

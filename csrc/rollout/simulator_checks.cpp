@@ -11,6 +11,7 @@ namespace {
 
 constexpr double kDay = 86400;                         // seconds
 constexpr std::int64_t kMany = std::int64_t{1} << 40;  // tokens: sums of such stay in 64 bits
+constexpr std::int64_t kLong = std::int64_t{1} << 31;  // tokens: what an event may speak of
 
 bool is_seconds(double value) { return value >= 0 && value <= 10 * kDay; }
 
@@ -38,9 +39,9 @@ void check_outages(const Simulation& simulation) {
 }
 
 void check_lengths(const Lots& lots) {
-  KIMISYS_CHECK(lots.samples >= 1 && lots.samples <= 1 << 20, ErrorCode::kScheduler,
-                "lots: samples is ", lots.samples, "; give at least 1 and at most 1048576");
-  KIMISYS_CHECK(lots.limit >= 1 && lots.limit <= kMany, ErrorCode::kScheduler, "lots: limit is ",
+  KIMISYS_CHECK(lots.samples >= 1 && lots.samples <= 1 << 16, ErrorCode::kScheduler,
+                "lots: samples is ", lots.samples, "; give at least 1 and at most 65536");
+  KIMISYS_CHECK(lots.limit >= 1 && lots.limit <= kLong, ErrorCode::kScheduler, "lots: limit is ",
                 lots.limit, "; give the most output tokens of a trajectory, at least 1");
   KIMISYS_CHECK(!lots.prompt_tokens.empty(), ErrorCode::kScheduler,
                 "lots: no groups; give prompt_tokens of at least one");
@@ -52,7 +53,7 @@ void check_lengths(const Lots& lots) {
     const std::int64_t prompt = lots.prompt_tokens[i / static_cast<std::size_t>(lots.samples)];
     KIMISYS_CHECK(lots.lengths[i] >= 1 && lots.lengths[i] <= kMany, ErrorCode::kScheduler,
                   "lots: length ", i, " is ", lots.lengths[i], "; each is at least 1 token");
-    KIMISYS_CHECK(prompt >= 1 && prompt <= kMany, ErrorCode::kScheduler,
+    KIMISYS_CHECK(prompt >= 1 && prompt <= kLong, ErrorCode::kScheduler,
                   "lots: the prompt of group ", i / static_cast<std::size_t>(lots.samples), " has ",
                   prompt, " tokens; each has at least 1");
   }
@@ -95,6 +96,11 @@ void check(const Simulation& simulation) {
   KIMISYS_CHECK(simulation.report_interval == 0 || simulation.report_interval >= 1e-6,
                 ErrorCode::kScheduler, "simulation: report_interval is ",
                 simulation.report_interval, "; give at least a microsecond, or 0 for none");
+  KIMISYS_CHECK(
+      simulation.report_interval * 1e6 < static_cast<double>(simulation.config.lease_timeout),
+      ErrorCode::kScheduler, "simulation: report_interval is ", simulation.report_interval,
+      " seconds and config.lease_timeout ", simulation.config.lease_timeout,
+      " microseconds, so that leases die between two reports; let leases live longer");
   check_outages(simulation);
 }
 

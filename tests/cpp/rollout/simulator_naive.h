@@ -24,7 +24,7 @@ struct NaiveSequence {
   std::int64_t before;   // output tokens when the lease began
   std::int64_t allowed;  // new tokens
   std::int64_t made = 0, told = 0;
-  bool pausing = false, aborted = false;
+  bool pausing = false, aborted = false, preempted = false;
 };
 
 struct NaiveEngine {
@@ -35,6 +35,7 @@ struct NaiveEngine {
   bool up = false, updating = false;
   std::int64_t update = kNoVersion, version = kNoVersion;
   std::uint64_t life = 0;
+  Ticks busy = 0;
 };
 
 class NaiveWorld {
@@ -67,6 +68,11 @@ class NaiveWorld {
         if (engine.step_ends == now_) finish_step(engine);
       }
       moment();
+    }
+    for (EngineId e = 0; e < engines_.size(); ++e) {
+      NaiveEngine& engine = engines_[e];
+      if (engine.step_ends != kNoTicks) engine.busy += now_ - engine.step_began;
+      outcome_.busy.push_back(seconds_of(engine.busy));
     }
     outcome_.ledger = scheduler_.ledger();
     outcome_.digest = scheduler_.digest();
@@ -190,9 +196,10 @@ class NaiveWorld {
   }
 
   void fail(EngineId e) {
-    const std::uint64_t life = engines_[e].life + 1;
-    engines_[e] = {engines_[e].model, {}, {}};
-    engines_[e].life = life;
+    const NaiveEngine old = engines_[e];
+    engines_[e] = {old.model, {}, {}};
+    engines_[e].life = old.life + 1;
+    engines_[e].busy = old.busy + (old.step_ends == kNoTicks ? 0 : now_ - old.step_began);
     tell(EventKind::kEngineFailed, e);
   }
 
@@ -201,6 +208,7 @@ class NaiveWorld {
       ++s.made;
       ++outcome_.decoded;
     }
+    engine.busy += now_ - engine.step_began;
     engine.report = interval_ > 0 && now_ / interval_ > engine.step_began / interval_;
     engine.step_ends = kNoTicks;
   }
@@ -281,6 +289,7 @@ class NaiveWorld {
   std::int64_t admit(NaiveEngine& engine) {
     bool preempted = false;
     while (held(engine) > engine.model.kv_capacity) {
+      engine.running.back().preempted = true;
       engine.waiting.insert(engine.waiting.begin(), engine.running.back());
       engine.running.pop_back();
       preempted = true;
@@ -290,6 +299,7 @@ class NaiveWorld {
            static_cast<std::int64_t>(engine.running.size()) < engine.model.max_sequences &&
            held(engine) + held(engine.waiting.front()) <= engine.model.kv_capacity) {
       prefill += held(engine.waiting.front());
+      if (engine.waiting.front().preempted) outcome_.preempted += held(engine.waiting.front());
       engine.running.push_back(engine.waiting.front());
       engine.waiting.erase(engine.waiting.begin());
     }

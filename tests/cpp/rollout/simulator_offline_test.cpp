@@ -199,25 +199,27 @@ Case random_case(Random& random, bool slack) {
 }
 
 Ticks optimum(const Case& c) {
-  return best_split(c.outputs.size(), c.simulation.engines.size(), [&](unsigned set, std::size_t e) {
-    std::vector<Output> some;
-    for (const std::uint32_t i : members(set)) some.push_back(c.outputs[i]);
-    return Optimum(c.simulation.engines[e], some).time();
-  });
+  return best_split(c.outputs.size(), c.simulation.engines.size(),
+                    [&](unsigned set, std::size_t e) {
+                      std::vector<Output> some;
+                      for (const std::uint32_t i : members(set)) some.push_back(c.outputs[i]);
+                      return Optimum(c.simulation.engines[e], some).time();
+                    });
 }
 
 // The same over the schedules that the search looks at.
 Ticks best_lists(const Case& c) {
-  return best_split(c.outputs.size(), c.simulation.engines.size(), [&](unsigned set, std::size_t e) {
-    std::vector<std::uint32_t> list = members(set);
-    Ticks best = kNoTicks;
-    do {
-      for (const Admit admit : {Admit::kAtOnce, Admit::kHeld}) {
-        best = std::min(best, list_time(c.simulation.engines[e], c.outputs, list, admit));
-      }
-    } while (std::next_permutation(list.begin(), list.end()));
-    return best;
-  });
+  return best_split(
+      c.outputs.size(), c.simulation.engines.size(), [&](unsigned set, std::size_t e) {
+        std::vector<std::uint32_t> list = members(set);
+        Ticks best = kNoTicks;
+        do {
+          for (const Admit admit : {Admit::kAtOnce, Admit::kHeld}) {
+            best = std::min(best, list_time(c.simulation.engines[e], c.outputs, list, admit));
+          }
+        } while (std::next_permutation(list.begin(), list.end()));
+        return best;
+      });
 }
 
 void check_schedule(const Case& c, const OfflineSchedule& schedule) {
@@ -225,8 +227,8 @@ void check_schedule(const Case& c, const OfflineSchedule& schedule) {
   Ticks last = 0;
   for (std::size_t e = 0; e < schedule.lists.size(); ++e) {
     for (const std::uint32_t i : schedule.lists[e]) CHECK(seen.insert(i).second);
-    last = std::max(last, naive_time(c.simulation.engines[e], c.outputs, schedule.lists[e],
-                                     schedule.admit[e]));
+    last = std::max(
+        last, naive_time(c.simulation.engines[e], c.outputs, schedule.lists[e], schedule.admit[e]));
   }
   CHECK(seen.size() == c.outputs.size());
   CHECK(schedule.seconds == seconds_of(last));
