@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from kimisys.rollout.measure import Floor, Measured, Setting
 from kimisys.rollout.policies import policies
@@ -33,8 +34,8 @@ def comparison_table(measured: Sequence[Measured], best: Floor | None, setting: 
     for whole in (True, False):
         rows = [one for one in measured if known[one.policy].whole is whole]
         if rows:
-            title = "whole iterations" if whole else "the unfinished go on in the next iteration"
-            table.add_row(f"[bold]{title}[/]")
+            title = "whole iterations" if whole else "the unfinished go on"
+            table.add_row(Text(title, "bold"))
         for one in rows:
             table.add_row(*_row(one, against))
         if rows and whole and best is not None:
