@@ -132,7 +132,15 @@ def _studies(console: Console) -> dict[str, Any]:
 
     def simulate(config: Annotated[SimulateConfig, Flat] = SimulateConfig()) -> None:  # noqa: B008
         """Compare rollout policies on simulated engines, with the scheduler that runs in
-        production, for example: kimisys simulate --engines 16 --kv 300000 --plot gantt.png"""
+        production; the policy never sees a length before it happens.
+
+        How much would partial rollouts give me? kimisys simulate --engines 16 --plot gantt.png
+
+        What would other policies have given my run? kimisys simulate --trace
+        RUN/rollouts/groups.jsonl
+
+        Can I trust it? kimisys simulate --calibrate RUN; kimisys simulate --replay RUN
+        """
         config.check()
         from kimisys.trainer.simulate_command import execute
 

@@ -19,12 +19,7 @@ File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 class SimulateConfig:
     """Compare rollout policies on simulated engines, with the scheduler that runs in production.
 
-    Without options: eight engines of an H100 each with a 7B model, long-tailed lengths. The policy
-    never sees a length before it happens. Three questions that it answers:
-
-    How much would partial rollouts give me?  kimisys simulate --engines 16 --sigma 1.2 --kv 300000
-    What would they have given my run?        kimisys simulate --trace RUN/rollouts/groups.jsonl
-    Can I trust it?                           kimisys simulate --calibrate RUN
+    Without options: eight engines of an H100 each with a 7B model, long-tailed lengths.
     """
 
     policy: tuple[str, ...] = (ALL,)
