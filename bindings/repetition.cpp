@@ -100,7 +100,10 @@ void bind_repetition(py::module_& rollout) {
   py::class_<RepetitionDetector>(
       rollout, "RepetitionDetector", py::is_final(),
       "Sees a text that loops, token by token; tens of kilobytes, whatever its length.")
-      .def(py::init<const RepetitionConfig&>(), py::arg_v("config", defaults, "RepetitionConfig()"))
+      .def(py::init([](const std::optional<RepetitionConfig>& config) {
+             return RepetitionDetector(config.value_or(RepetitionConfig{}));
+           }),
+           py::arg("config") = py::none())
       .def("feed", &feed, py::arg("tokens"),
            "Continues with more token ids, any integers of one dimension. The first loop found, "
            "from then on always; None as long as there is none.")

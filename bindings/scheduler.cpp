@@ -2,13 +2,14 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <string>
-#include <string_view>
-#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "rollout.h"
@@ -58,63 +59,54 @@ std::vector<Action> one(Guarded& self, const Event& event) {
   return actions;
 }
 
+struct Handled {
+  std::vector<Action> actions;
+  std::vector<std::int64_t> answers;  // by action: the index of its event
+  std::size_t taken = 0;              // events
+  std::optional<Error> error;
+};
+
 // Raises what the core raised with what was decided before: callers must not lose it.
-[[noreturn]] void raise_with(const Error& error, std::size_t taken,
-                             const std::vector<Action>& actions) {
+[[noreturn]] void raise(const Handled& handled) {
   const py::object kind = py::module_::import("kimisys._core").attr("SchedulerError");
-  const py::object raised = kind(error.what());
-  raised.attr("taken") = taken;
-  raised.attr("actions") = as_array(actions);
+  const py::object raised = kind(handled.error->what());
+  raised.attr("taken") = handled.taken;
+  raised.attr("actions") = as_array(handled.actions);
+  raised.attr("answers") = as_array(handled.answers);
   PyErr_SetObject(kind.ptr(), raised.ptr());
   throw py::error_already_set();
 }
 
-void check_events(const Events& events) {
+Handled handled(Guarded& self, const Events& events) {
   KIMISYS_CHECK(events.ndim() == 1, ErrorCode::kScheduler, "events have ", events.ndim(),
                 " dimensions; they are an array of one");
-}
-
-py::array_t<Action> handle(Guarded& self, const Events& events) {
-  check_events(events);
   const std::span<const Event> given(events.data(), static_cast<std::size_t>(events.size()));
-  std::vector<Action> actions;
-  std::size_t taken = 0;
-  std::optional<Error> error;
-  {
-    const py::gil_scoped_release release;
-    try {
-      self.with([&](Scheduler& scheduler) { scheduler.handle(given, actions, taken); });
-    } catch (const Error& caught) {
-      error = caught;
-    }
-  }
-  if (error) raise_with(*error, taken, actions);
-  return as_array(actions);
-}
-
-std::pair<py::array_t<Action>, py::array_t<std::int64_t>> handle_each(Guarded& self,
-                                                                      const Events& events) {
-  check_events(events);
-  const std::span<const Event> given(events.data(), static_cast<std::size_t>(events.size()));
-  std::vector<Action> actions;
-  std::vector<std::int64_t> answers;
-  std::size_t taken = 0;
-  std::optional<Error> error;
+  Handled made;
   {
     const py::gil_scoped_release release;
     try {
       self.with([&](Scheduler& scheduler) {
-        for (; taken < given.size(); ++taken) {
-          scheduler.handle(given[taken], actions);
-          answers.resize(actions.size(), static_cast<std::int64_t>(taken));
+        for (; made.taken < given.size(); ++made.taken) {
+          scheduler.handle(given[made.taken], made.actions);
+          made.answers.resize(made.actions.size(), static_cast<std::int64_t>(made.taken));
         }
       });
     } catch (const Error& caught) {
-      error = caught;
+      made.error = caught;
     }
   }
-  if (error) raise_with(*error, taken, actions);
-  return {as_array(actions), as_array(answers)};
+  if (made.error) raise(made);
+  return made;
+}
+
+py::array_t<Action> handle(Guarded& self, const Events& events) {
+  return as_array(handled(self, events).actions);
+}
+
+std::pair<py::array_t<Action>, py::array_t<std::int64_t>> handle_each(Guarded& self,
+                                                                      const Events& events) {
+  const Handled made = handled(self, events);
+  return {as_array(made.actions), as_array(made.answers)};
 }
 
 void bind_events(py::class_<Guarded>& type) {
@@ -248,7 +240,8 @@ void bind_scheduler(py::module_& rollout) {
   type.def(py::init<const Config&>(), py::arg("config"))
       .def("handle", &handle, py::arg("events"),
            "EVENT[n] in order -> ACTION[m]. Lets other threads run. Where an event is refused, the "
-           "SchedulerError has `taken`, the number of those before it, and `actions`, theirs.")
+           "SchedulerError has `taken`, the number of those before it, and `actions` and "
+           "`answers`, theirs.")
       .def("handle_each", &handle_each, py::arg("events"),
            "As handle, with int64[m]: the index of the event that each action answers.")
       .def(

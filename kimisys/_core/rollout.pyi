@@ -256,8 +256,8 @@ class RepetitionConfig:
         self,
         *,
         max_period: int = 512,
-        min_tokens: int = 128,
-        min_repeats: int = 4,
+        min_tokens: int = 512,
+        min_repeats: int = 6,
         agreement: float = 0.9,
     ) -> None: ...
     @property
@@ -284,7 +284,7 @@ class Repetition:
 
 @final
 class RepetitionDetector:
-    def __init__(self, config: RepetitionConfig = RepetitionConfig()) -> None: ...
+    def __init__(self, config: RepetitionConfig | None = None) -> None: ...
     def feed(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Repetition | None: ...
     @property
     def found(self) -> Repetition | None: ...

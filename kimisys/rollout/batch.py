@@ -37,3 +37,22 @@ class Batch:
     tokens: int
     seconds: float
     version: int
+
+
+class Gathering:
+    """The batch that is being made."""
+
+    def __init__(self) -> None:
+        self.groups: list[Group] = []
+        self.dropped: list[Dropped] = []
+        self.tokens = 0
+        self.asked: int | None = None  # microseconds: since when the trainer is ready
+        self._number = 0
+
+    def finish(self, now: int, version: int) -> Batch:
+        """now: microseconds. What comes next belongs to the next batch."""
+        seconds = 0.0 if self.asked is None else (now - self.asked) / 1e6
+        batch = Batch(self._number, self.groups, self.dropped, self.tokens, seconds, version)
+        self.groups, self.dropped, self.tokens, self.asked = [], [], 0, None
+        self._number += 1
+        return batch

@@ -35,7 +35,7 @@ class Prompt:
 class Segment:
     """A piece of a trajectory, made by one engine under one weight version.
 
-    token_ids: int32[n]. log_probs: float32[n], under the weights and the temperature that made them.
+    token_ids: int32[n]. log_probs: float32[n], of the distributions sampled from.
     start, end: seconds of `time.monotonic`.
     """
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ParamSpec
 
 import numpy as np
@@ -17,7 +14,6 @@ from kimisys._core.rollout import (
     EVENT,
     Action,
     Config,
-    DropReason,
     EndReason,
     EventKind,
     RepetitionConfig,
@@ -26,9 +22,12 @@ from kimisys._core.rollout import (
     as_actions,
 )
 from kimisys.errors import EngineError, SchedulerError
-from kimisys.rollout.batch import Batch, Dropped
+from kimisys.rollout.alarm import Alarm, clock
+from kimisys.rollout.batch import Batch, Dropped, Gathering
 from kimisys.rollout.buffer import Group, Prompt, ReplayBuffer
-from kimisys.rollout.engine import END_REASONS, EngineStats, SegmentOutput
+from kimisys.rollout.engine import EngineStats, SegmentOutput
+from kimisys.rollout.events import record
+from kimisys.rollout.lease import Lease, check_output
 from kimisys.rollout.link import Link
 from kimisys.rollout.sampling import Sampling
 from kimisys.rollout.spans import Span
@@ -38,48 +37,7 @@ P = ParamSpec("P")
 
 _log = logging.getLogger(__name__)
 
-_NO_ENGINE = 0xFFFFFFFF
-_RECORD = struct.Struct("=qIIQqqqqII")  # of an EVENT
 _FINAL = ("stop", "repetition")
-_REASONS = {
-    "stop": EndReason.STOP,
-    "length": EndReason.LENGTH,
-    "paused": EndReason.PAUSED,
-    "repetition": EndReason.REPETITION,
-    "failed": EndReason.FAILED,
-}
-
-
-@dataclass
-class _Lease:
-    """A segment that runs. start: microseconds. made, limit: tokens of output in it."""
-
-    number: int
-    link: Link
-    group: int
-    sample: int
-    limit: int
-    version: int
-    start: int
-    made: int = 0
-
-
-def record(
-    time: int,
-    kind: EventKind,
-    *,
-    engine: int = _NO_ENGINE,
-    id: int = 0,
-    tokens: int = 0,
-    limit: int = 0,
-    count: int = 0,
-    version: int = -1,
-    reason: EndReason = EndReason.NONE,
-) -> bytes:
-    """One EVENT."""
-    return _RECORD.pack(
-        time, int(kind), engine, id, tokens, limit, count, version, int(reason), 0
-    )
 
 
 class Dispatch:
@@ -87,7 +45,8 @@ class Dispatch:
     action that follows from it, before the next one is looked at.
 
     links: engines that are at work, by number. news: set when something happened that a waiting
-    caller may want to look at. batches: complete, not fetched yet.
+    caller may want to look at. batches: complete, not fetched yet. wanted: prompts that were asked
+    for and did not come. version: the newest that is published, -1: none.
     """
 
     def __init__(
@@ -102,29 +61,24 @@ class Dispatch:
         self.buffer = ReplayBuffer()
         self.links: dict[int, Link] = {}
         self.failures: dict[int, Exception] = {}
-        self.fatal: Exception | None = None
         self.spans: list[Span] = []
         self.batches: deque[Batch] = deque()
         self.news = asyncio.Event()
-        self.wanted = 0  # prompts that were asked for and did not come
+        self.wanted = 0
         self.version = -1
-        self.ready_at: int | None = None  # microseconds: since when a batch is asked for
         self._timeout = config.lease_timeout
         self._prompts = prompts
         self._sampling = sampling
         self._repetition = repetition
         self._trace = trace
-        self._leases: dict[int, _Lease] = {}
+        self._fatal: Exception | None = None
+        self._leases: dict[int, Lease] = {}
         self._detectors: dict[tuple[int, int], RepetitionDetector] = {}
-        self._errors: dict[int, str] = {}  # group → what a segment of it failed with
+        self._errors: dict[int, str] = {}  # group → what a segment of it failed with last
+        self._gathering = Gathering()
+        self._alarm = Alarm(lambda: self._guarded(self._say, EventKind.TIME))
         self._pending: deque[Action] = deque()
         self._acting = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0
-        self._groups: list[Group] = []
-        self._dropped: list[Dropped] = []
-        self._made = 0
-        self._number = 0
         self._do: dict[str, Callable[[Action], None]] = {
             "start": self._start,
             "continue": self._start,
@@ -138,18 +92,76 @@ class Dispatch:
             "want": self._want,
         }
 
+    # From the driver's callers.
+
+    def join(self, links: Sequence[tuple[Link, EngineStats]]) -> None:
+        """New engines, which are heard of from now on."""
+        newest = max((link.version for link, _ in links), default=-1)
+        if newest > self.version and self.links:
+            raise EngineError(
+                f"an engine that serves version {newest} cannot join: {self.version} is the newest "
+                "that was published; publish its version first"
+            )
+        now, records = clock(), []
+        if newest > self.version:  # a run begins with what its engines serve
+            self.version = newest
+            records.append(record(now, EventKind.VERSION_PUBLISHED, version=newest))
+        for link, stats in links:
+            self.links[link.number] = link
+            fields = {"version": link.version, "tokens": stats.kv_capacity}
+            fields["count"] = stats.max_sequences
+            records.append(record(now, EventKind.ENGINE_JOINED, engine=link.number, **fields))
+            link.run()
+        if records:
+            self._tell(*records)
+
+    def leave(self, link: Link) -> None:
+        """The engine gets nothing new, and what it has goes elsewhere."""
+        if not link.leaving:
+            link.leaving = True
+            self._say(EventKind.ENGINE_LEFT, engine=link.number)
+
+    def ready(self) -> None:
+        """The trainer wants a batch, if it did not say so already."""
+        if self._gathering.asked is None:
+            self._gathering.asked = clock()
+            self._say(EventKind.TRAINER_READY)
+        self._offer()
+
+    def publish(self, version: int) -> None:
+        self._say(EventKind.VERSION_PUBLISHED, version=version)
+        self.version = version
+
+    def exhausted(self) -> bool:
+        """Nothing goes on, and it is prompts that are missing."""
+        counts = self.scheduler.counts()
+        return self.wanted > 0 and counts.running == 0 and counts.waiting == 0
+
+    def check(self) -> None:
+        """Raises what is wrong with the whole of it."""
+        if self._fatal is not None:
+            raise self._fatal
+        if not self.links:
+            if self.failures:
+                raise self.failures[max(self.failures)]
+            raise EngineError("there is no engine; add one")
+
+    def stop(self) -> None:
+        """No timer is left."""
+        self._alarm.stop()
+
     # Towards the scheduler.
 
-    def now(self) -> int:
-        return time.monotonic_ns() // 1000
+    def _say(self, kind: EventKind, **fields: int) -> None:
+        self._tell(record(clock(), kind, **fields))
 
-    def tell(self, *records: bytes) -> None:
-        """Events, together; what follows from them is done when this returns, unless it is called
-        from within what follows from others: then after those."""
+    def _tell(self, *records: bytes) -> None:
+        """Events, together. What follows from them is done when this returns; called from within
+        what follows from others, it is done after those."""
         events = np.frombuffer(b"".join(records), EVENT)
-        actions = self.scheduler.handle(events)
+        actions, answers = self.scheduler.handle_each(events)
         if self._trace is not None:
-            self._trace.add(events, actions, self.scheduler.digest())
+            self._trace.add(events, actions, answers, self.scheduler.digest())
         self._pending.extend(as_actions(actions))
         if self._acting:
             return
@@ -160,132 +172,53 @@ class Dispatch:
                 self._do[action.kind](action)
         finally:
             self._acting = False
-        self._set_timer()
+        self._alarm.set(self.scheduler.next_deadline())
         self.news.set()
 
-    def join(self, links: Sequence[tuple[Link, EngineStats]]) -> None:
-        """New engines, which are heard of from now on."""
-        now = self.now()
-        newest = max((link.version for link, _ in links), default=-1)
-        records = []
-        if newest > self.version and not self.links:
-            self.version = newest  # a run begins with what its engines serve
-            records.append(record(now, EventKind.VERSION_PUBLISHED, version=newest))
-        for link, stats in links:
-            self.links[link.number] = link
-            records.append(
-                record(
-                    now, EventKind.ENGINE_JOINED, engine=link.number, version=link.version,
-                    tokens=stats.kv_capacity, count=stats.max_sequences,
-                )  # fmt: skip
-            )
-            link.run()
-        if records:
-            self.tell(*records)
-
-    def leave(self, link: Link) -> None:
-        """The engine gets nothing new, and what it has goes elsewhere."""
-        self.tell(record(self.now(), EventKind.ENGINE_LEFT, engine=link.number))
-
-    def ready(self) -> None:
-        """The trainer wants a batch, if it did not say so already."""
-        if self.ready_at is None:
-            now = self.now()
-            self.ready_at = now
-            self.tell(record(now, EventKind.TRAINER_READY))
-        self.offer_wanted()
-
-    def publish(self, version: int) -> None:
-        self.tell(record(self.now(), EventKind.VERSION_PUBLISHED, version=version))
-        self.version = version
-
-    def exhausted(self) -> bool:
-        """Nothing goes on, and it is prompts that are missing."""
-        counts = self.scheduler.counts()
-        return self.wanted > 0 and counts.running == 0 and counts.waiting == 0
-
-    def check(self) -> None:
-        """Raises what is wrong with the whole of it."""
-        if self.fatal is not None:
-            raise self.fatal
-        if not self.links:
-            if self.failures:
-                raise self.failures[max(self.failures)]
-            raise EngineError("there is no engine; add one")
-
-    def offer_wanted(self) -> None:
-        """Ask for prompts again that were wanted and did not come."""
-        count, self.wanted = self.wanted, 0
-        if not count:
-            return
-        try:
-            prompts = self._prompts(count)
-        except BaseException:
-            self.wanted = count
-            raise
-        self.wanted = max(0, count - len(prompts))
-        if prompts:
-            now = self.now()
-            self.tell(*(self._offer(now, prompt) for prompt in prompts))
-
-    def _offer(self, now: int, prompt: Prompt) -> bytes:
-        return record(
-            now, EventKind.OFFERED, id=self.buffer.offer(prompt), count=prompt.samples,
-            tokens=len(prompt.token_ids), limit=prompt.limit,
-        )  # fmt: skip
-
-    def _set_timer(self) -> None:
-        """Sees to it that time passes for the scheduler when a deadline does."""
-        due = self.scheduler.next_deadline()
-        if due is None or (self._timer is not None and self._timer_at <= due):
-            return  # a timer that is too early looks again
-        if self._timer is not None:
-            self._timer.cancel()
-        loop = asyncio.get_running_loop()
-        self._timer_at = due
-        self._timer = loop.call_later(max(0, due - self.now()) / 1e6, self._elapsed)
-
-    def _elapsed(self) -> None:
-        self._timer = None
-        self._guarded(self.tell, record(self.now(), EventKind.TIME))
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+    def _offer(self) -> None:
+        """Ask for the prompts that are wanted, until none come."""
+        while self.wanted:
+            prompts = self._prompts(self.wanted)
+            if not prompts:
+                return
+            self.wanted = max(0, self.wanted - len(prompts))
+            now, records = clock(), []
+            for prompt in prompts:
+                fields = {"id": self.buffer.offer(prompt), "tokens": len(prompt.token_ids)}
+                fields |= {"limit": prompt.limit, "count": prompt.samples}
+                records.append(record(now, EventKind.OFFERED, **fields))
+            self._tell(*records)
 
     def _guarded(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """What goes wrong here is no engine's fault: the driver's callers are to hear of it."""
         try:
             work(*args, **kwargs)
         except Exception as error:
-            self.fatal = self.fatal or error
+            self._fatal = self._fatal or error
             self.news.set()
 
     # From the engines (link.Listener).
 
     def on_outputs(self, link: Link, outputs: Sequence[SegmentOutput]) -> None:
-        link.heard = self.now()
+        link.heard = clock()
         for output in outputs:
             if link.number not in self.links:
                 return
+            lease = self._leases.get(output.lease)
             try:
-                self._check(link, output)
+                check_output(link, output, lease)
             except EngineError as error:
                 self.on_failed(link, error)
                 return
-            self._guarded(self._output, link, output)
+            self._guarded(self._output, link, output, lease)
 
     def on_updated(self, link: Link, version: int) -> None:
         link.version = version
-        now = self.now()
-        told = record(now, EventKind.ENGINE_UPDATED, engine=link.number, version=version)
-        self._guarded(self.tell, told)
+        self._guarded(self._say, EventKind.ENGINE_UPDATED, engine=link.number, version=version)
 
     def on_measured(self, link: Link, stats: EngineStats) -> None:
-        told = record(
-            self.now(), EventKind.ENGINE_STATS, engine=link.number, tokens=stats.kv_tokens
-        )
-        self._guarded(self.tell, told)
+        kv_tokens = stats.kv_tokens
+        self._guarded(self._say, EventKind.ENGINE_STATS, engine=link.number, tokens=kv_tokens)
 
     def on_failed(self, link: Link, error: Exception) -> None:
         if self.links.pop(link.number, None) is None:
@@ -293,55 +226,43 @@ class Dispatch:
         _log.warning("engine %d failed: %s", link.number, error)
         self.failures[link.number] = error
         link.cancel()
-        told = record(self.now(), EventKind.ENGINE_FAILED, engine=link.number)
-        self._guarded(self.tell, told)
+        self.news.set()
+        if link.leases or not link.leaving:  # the scheduler has forgotten one that left idle
+            self._guarded(self._say, EventKind.ENGINE_FAILED, engine=link.number)
 
-    def _check(self, link: Link, output: SegmentOutput) -> None:
-        """Raises EngineError for an output that no honest engine sends."""
-        fault = None
-        lease = self._leases.get(output.lease)
-        if output.reason and output.reason not in END_REASONS:
-            fault = f"ends with reason {output.reason!r}, which is none of {END_REASONS}"
-        elif len(output.token_ids) != len(output.log_probs):
-            fault = f"has {len(output.token_ids)} tokens and {len(output.log_probs)} log-probs"
-        elif lease is None:
-            return  # of an attempt that is dead
-        elif lease.link is not link:
-            fault = f"belongs to engine {lease.link.number}"
-        elif lease.made + len(output.token_ids) > lease.limit:
-            fault = f"has more than the {lease.limit} tokens that were asked for"
-        elif output.token_ids and output.version != lease.version:
-            fault = f"was made by version {output.version}, but the engine served {lease.version}"
-        if fault is not None:
-            raise EngineError(
-                f"engine {link.number}: its output for lease {output.lease} {fault}; the engine is "
-                "left out, mend its adapter"
-            )
-
-    def _output(self, link: Link, output: SegmentOutput) -> None:
-        now, count = self.now(), len(output.token_ids)
-        lease = self._leases.get(output.lease)
-        if lease is None:  # the scheduler counts what came too late
+    def _output(self, link: Link, output: SegmentOutput, lease: Lease | None) -> None:
+        count = len(output.token_ids)
+        if lease is None:
             if count:
-                self.tell(record(now, EventKind.TOKENS, id=output.lease, tokens=count))
+                self._late(link, output.lease, count)
             return
-        reason = output.reason
+        reason, error = output.reason, output.error
+        lease.made += count
+        if reason == "length" and lease.made < lease.limit:
+            reason = "failed"
+            error = f"the engine ended it after {lease.made} of {lease.limit} tokens"
+        if error:
+            self._errors[lease.group] = error
         if count:
-            lease.made += count
-            self._made += count
+            self._gathering.tokens += count
             self.buffer.extend(lease.group, lease.sample, output.token_ids, output.log_probs)
-            if reason not in _FINAL and self._loops(lease, output.token_ids):
+            if reason != "stop" and self._loops(lease, output.token_ids):
                 reason = "repetition"
         if reason:
-            if output.error:
-                self._errors[lease.group] = output.error
-            if reason == "repetition" and not output.reason:
+            if not output.reason:
                 link.abort(lease.number)
-            self._end(lease, now, reason, count)
-        elif count:
-            self.tell(record(now, EventKind.TOKENS, id=lease.number, tokens=count))
+            self._end(lease, reason, count)
+        else:
+            self._say(EventKind.TOKENS, id=lease.number, tokens=count)
 
-    def _loops(self, lease: _Lease, token_ids: Sequence[int]) -> bool:
+    def _late(self, link: Link, lease: int, count: int) -> None:
+        """The scheduler ignores and counts what a dead lease sends."""
+        try:
+            self._say(EventKind.TOKENS, id=lease, tokens=count)
+        except SchedulerError as error:  # it was never given
+            self.on_failed(link, EngineError(f"engine {link.number} is left out: {error}"))
+
+    def _loops(self, lease: Lease, token_ids: Sequence[int]) -> bool:
         if self._repetition is None:
             return False
         key = lease.group, lease.sample
@@ -349,32 +270,22 @@ class Dispatch:
             self._detectors[key] = RepetitionDetector(self._repetition)
         return self._detectors[key].feed(token_ids) is not None
 
-    def _end(self, lease: _Lease, now: int, reason: str, count: int) -> None:
+    def _end(self, lease: Lease, reason: str, count: int) -> None:
         """count: tokens that the scheduler has not been told of."""
-        prompt = self.buffer.prompt(lease.group)
-        final = reason in _FINAL or (
-            reason == "length"
-            and len(self.buffer.output(lease.group, lease.sample)) + lease.made >= prompt.limit
-        )
-        self._forget(lease, now, reason, reason if final else "")
-        self.tell(
-            record(
-                now, EventKind.SEGMENT_ENDED, id=lease.number, tokens=count, reason=_REASONS[reason]
-            )
-        )
+        made = len(self.buffer.output(lease.group, lease.sample)) + lease.made
+        at_limit = reason == "length" and made >= self.buffer.prompt(lease.group).limit
+        self._forget(lease, reason, reason if at_limit or reason in _FINAL else "")
+        code = EndReason[reason.upper()]
+        self._say(EventKind.SEGMENT_ENDED, id=lease.number, tokens=count, reason=code)
 
-    def _forget(self, lease: _Lease, now: int, reason: str, final: str = "") -> None:
-        """The lease is over; what it made is kept."""
+    def _forget(self, lease: Lease, reason: str, final: str = "") -> None:
+        """The lease is over; what it made is kept. final: why the trajectory is, if it is."""
+        now, link = clock(), lease.link
         del self._leases[lease.number]
-        lease.link.leases.discard(lease.number)
-        if final:
-            self._detectors.pop((lease.group, lease.sample), None)
+        link.leases.discard(lease.number)
         self.buffer.end(lease.group, lease.sample, now / 1e6, final)
-        span = Span(
-            lease.link.number, lease.group, lease.sample, lease.start / 1e6, now / 1e6, lease.made,
-            lease.version, reason,
-        )  # fmt: skip
-        self.spans.append(span)
+        ran = lease.start / 1e6, now / 1e6, lease.made, lease.version, reason
+        self.spans.append(Span(link.number, lease.group, lease.sample, *ran))
 
     # What the scheduler asks for.
 
@@ -382,47 +293,41 @@ class Dispatch:
         link = self.links.get(action.engine)
         if link is None:
             return  # it failed a moment ago; the scheduler has been told, and requeues
-        now = self.now()
-        output = self.buffer.output(action.group, action.sample)
+        now, group, sample = clock(), action.group, action.sample
+        output = self.buffer.output(group, sample)
         self._agree(action, len(output))
         if not link.leases:
             link.heard = now  # it had nothing to say before
-        lease = _Lease(
-            action.lease, link, action.group, action.sample, action.limit, link.version, now
-        )
-        self._leases[action.lease] = lease
-        link.leases.add(action.lease)
-        self.buffer.begin(action.group, action.sample, link.number, link.version, now / 1e6)
-        prompt = self.buffer.prompt(action.group)
-        link.start(
-            self._sampling.request(action.lease, prompt, action.sample, output, action.limit)
-        )
+        number, version, limit = action.lease, link.version, action.limit
+        self._leases[number] = Lease(number, link, group, sample, limit, version, now)
+        link.leases.add(number)
+        self.buffer.begin(group, sample, link.number, version, now / 1e6)
+        prompt = self.buffer.prompt(group)
+        link.start(self._sampling.request(number, prompt, sample, output, limit))
 
     def _pause(self, action: Action) -> None:
         lease = self._leases.get(action.lease)
         if lease is not None and not lease.link.abort(action.lease):
-            self._end(lease, self.now(), "paused", 0)
+            self._end(lease, "paused", 0)
 
     def _lose(self, action: Action) -> None:
         """The lease is dead: whatever comes of it later is late."""
         lease = self._leases.get(action.lease)
         if lease is None:
             return
-        now, link = self.now(), lease.link
-        self._forget(lease, now, "lost")
+        link = lease.link
+        self._forget(lease, "lost")
         if link.number not in self.links:
             return
         link.abort(action.lease)
-        if now - link.heard >= self._timeout:
-            running = len(link.leases) + 1
-            self.on_failed(
-                link,
-                EngineError(
-                    f"engine {link.number} said nothing for {(now - link.heard) / 1e6:.0f} s while "
-                    f"{running} segments ran there; see what it is doing, or give it longer "
-                    "(Config.lease_timeout)"
-                ),
+        silent = clock() - link.heard
+        if silent >= self._timeout:
+            fault = (
+                f"engine {link.number} said nothing for {silent / 1e6:g} s while "
+                f"{len(link.leases) + 1} segments ran there; see what it is doing, or give it "
+                "longer (Config.lease_timeout)"
             )
+            self.on_failed(link, EngineError(fault))
 
     def _requeue(self, action: Action) -> None:
         self._lose(action)
@@ -436,14 +341,14 @@ class Dispatch:
             )
 
     def _hand_over(self, action: Action) -> None:
-        self._groups.append(self._take(action.group))
+        self._gathering.groups.append(self._take(action.group))
 
     def _drop(self, action: Action) -> None:
         for lease in [v for v in self._leases.values() if v.group == action.group]:
-            self._forget(lease, self.now(), "lost")
+            self._forget(lease, "lost")
             lease.link.abort(lease.number)
         error = self._errors.get(action.group, "")
-        self._dropped.append(Dropped(self._take(action.group), action.drop, error))
+        self._gathering.dropped.append(Dropped(self._take(action.group), action.drop, error))
 
     def _take(self, group: int) -> Group:
         self._errors.pop(group, None)
@@ -453,15 +358,9 @@ class Dispatch:
         return taken
 
     def _batch(self, action: Action) -> None:
-        now = self.now()
-        began, self.ready_at = self.ready_at, None
-        groups, self._groups = self._groups, []
-        dropped, self._dropped = self._dropped, []
-        made, self._made = self._made, 0
-        seconds = (now - (now if began is None else began)) / 1e6
-        self.buffer.batch(groups)
-        self.batches.append(Batch(self._number, groups, dropped, made, seconds, self.version))
-        self._number += 1
+        batch = self._gathering.finish(clock(), self.version)
+        self.buffer.batch(batch.groups)
+        self.batches.append(batch)
         if self._trace is not None:
             self._trace.flush()
 
@@ -472,4 +371,4 @@ class Dispatch:
 
     def _want(self, action: Action) -> None:
         self.wanted = action.count
-        self.offer_wanted()
+        self._offer()

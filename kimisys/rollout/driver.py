@@ -11,16 +11,15 @@ from types import TracebackType
 from kimisys._core.rollout import (
     Blocker,
     Config,
-    EventKind,
     Ledger,
     RepetitionConfig,
     Scheduler,
 )
-from kimisys.errors import EngineError, SchedulerError
+from kimisys.errors import SchedulerError
 from kimisys.rollout.batch import Batch
 from kimisys.rollout.buffer import Prompt, ReplayBuffer
-from kimisys.rollout.dispatch import Dispatch, record
-from kimisys.rollout.engine import Engine, EngineStats
+from kimisys.rollout.dispatch import Dispatch
+from kimisys.rollout.engine import Engine
 from kimisys.rollout.link import Link
 from kimisys.rollout.sampling import Sampling
 from kimisys.rollout.spans import Span
@@ -68,8 +67,7 @@ class Driver:
         self._overlap = config.deployment == "overlap"
         self._timeout = command_timeout
         self._engines = list(engines)
-        self._joined = 0
-        self._leaving: set[int] = set()
+        self._links: list[Link] = []  # all that ever were, by number
         self._trace = None if trace is None else Trace(trace, config)
         self._dispatch = Dispatch(
             config,
@@ -125,7 +123,9 @@ class Driver:
         self._dispatch.publish(version)
         if not self._overlap:
             links = self._dispatch.links
-            await self._until(lambda: all(link.version >= version for link in links.values()))
+            await self._until(
+                lambda: bool(links) and all(link.version >= version for link in links.values())
+            )
 
     async def add(self, engine: Engine) -> int:
         """A further engine; returns its number."""
@@ -154,9 +154,8 @@ class Driver:
         self._closed = True
         self._dispatch.stop()
         self._dispatch.news.set()
-        links = list(self._dispatch.links.values())
         try:
-            await asyncio.gather(*(self._let_go(link) for link in links))
+            await asyncio.gather(*(self._let_go(link) for link in self._links))
         finally:
             if self._trace is not None:
                 self._trace.close()
@@ -181,6 +180,11 @@ class Driver:
         return self._dispatch.scheduler.blockers()
 
     @property
+    def version(self) -> int:
+        """The newest that is published; -1: none."""
+        return self._dispatch.version
+
+    @property
     def engines(self) -> list[int]:
         """Numbers of those that are at work."""
         return sorted(self._dispatch.links)
@@ -201,8 +205,8 @@ class Driver:
         return spans
 
     def _link(self, engine: Engine) -> Link:
-        self._joined += 1
-        return Link(self._joined - 1, engine, self._dispatch, self._timeout)
+        self._links.append(Link(len(self._links), engine, self._dispatch, self._timeout))
+        return self._links[-1]
 
     async def _join(self, links: Sequence[Link]) -> None:
         stats = await asyncio.gather(*(link.join() for link in links))
@@ -212,7 +216,7 @@ class Driver:
     async def _let_go(self, link: Link) -> None:
         leases = sorted(link.leases)
         await link.stop()
-        if leases:
+        if leases and link.number in self._dispatch.links:
             # It may be what the run ended of: there is nobody left who could act on its error.
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(min(self._timeout, _CLOSE_SECONDS)):

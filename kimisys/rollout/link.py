@@ -39,6 +39,7 @@ class Link:
         self.engine = engine
         self.version = -1
         self.heard = 0
+        self.leaving = False
         self.leases: set[int] = set()
         self._listener = listener
         self._seconds = seconds

@@ -3,7 +3,8 @@
 A file begins with a line that names the format and its version, the length and CRC-32 of a JSON
 header (the Config), and the header. Chunks follow, in the machine's byte order: "EVTS", the number
 of EVENTs and of ACTIONs, a CRC-32 over the rest, the scheduler's digest after them, the EVENTs, the
-ACTIONs. It is a record for study; what a crash may not lose is not its business.
+ACTIONs, and for each of these the index of the event in the chunk that it answers (int64). It is a
+record for study; what a crash may not lose is not its business.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,19 @@ class Trace:
         self._file.write(_MAGIC + _HEADER.pack(len(header), zlib.crc32(header)) + header)
         self._events: list[bytes] = []
         self._actions: list[bytes] = []
+        self._answers: list[bytes] = []
         self._count = 0
         self._digest = 0
 
-    def add(self, events: np.ndarray, actions: np.ndarray, digest: int) -> None:
-        """EVENT[n] were handled together, ACTION[m] came of it; digest: the scheduler's then."""
+    def add(
+        self, events: np.ndarray, actions: np.ndarray, answers: np.ndarray, digest: int
+    ) -> None:
+        """EVENT[n] were handled; ACTION[m] came of it, int64[m] their events' indices; digest: the
+        scheduler's then."""
         self._events.append(events.tobytes())
         if len(actions):
             self._actions.append(actions.tobytes())
+            self._answers.append((answers + self._count).tobytes())
         self._count += len(events)
         self._digest = digest
         if self._count >= _CHUNK_EVENTS:
@@ -59,10 +65,9 @@ class Trace:
     def flush(self) -> None:
         """All that was added is in the file."""
         if self._count:
-            events, actions = b"".join(self._events), b"".join(self._actions)
-            self._events, self._actions, self._count = [], [], 0
-            counts = len(events) // EVENT.itemsize, len(actions) // ACTION.itemsize
-            body = events + actions
+            body = b"".join([*self._events, *self._actions, *self._answers])
+            counts = self._count, sum(map(len, self._actions)) // ACTION.itemsize
+            self._events, self._actions, self._answers, self._count = [], [], [], 0
             check = zlib.crc32(body, zlib.crc32(struct.pack("=IIQ", *counts, self._digest)))
             self._file.write(_CHUNK.pack(_MARK, *counts, check, self._digest) + body)
         self._file.flush()
@@ -76,6 +81,7 @@ class Trace:
 class _Chunk:
     events: np.ndarray
     actions: np.ndarray
+    answers: np.ndarray
     digest: int
 
 
@@ -91,10 +97,6 @@ class Recording:
     @property
     def events(self) -> np.ndarray:
         return np.concatenate([np.zeros(0, EVENT), *(c.events for c in self.chunks)])
-
-    @property
-    def actions(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, ACTION), *(c.actions for c in self.chunks)])
 
 
 def read_trace(path: Path, *, partial: bool = False) -> Recording:
@@ -159,7 +161,8 @@ def _read_chunks(path: Path, data: bytes, offset: int) -> Iterator[tuple[_Chunk,
             raise _damaged(path, offset, f"{mark!r} is where a chunk begins")
         start = offset + _CHUNK.size
         middle = start + events * EVENT.itemsize
-        end = middle + actions * ACTION.itemsize
+        last = middle + actions * ACTION.itemsize
+        end = last + actions * 8
         if end > len(data):
             raise _damaged(path, offset, f"{end - len(data)} bytes of the chunk are missing")
         counts = struct.pack("=IIQ", events, actions, digest)
@@ -169,6 +172,7 @@ def _read_chunks(path: Path, data: bytes, offset: int) -> Iterator[tuple[_Chunk,
             _Chunk(
                 np.frombuffer(data, EVENT, events, start),
                 np.frombuffer(data, ACTION, actions, middle),
+                np.frombuffer(data, np.int64, actions, last),
                 digest,
             ),
             end,
@@ -180,23 +184,31 @@ def _read_chunks(path: Path, data: bytes, offset: int) -> Iterator[tuple[_Chunk,
 class Difference:
     """Where a replay first decides otherwise.
 
-    event: its number in the trace. recorded, replayed: what each did at it; error: the replaying
-    scheduler refused it.
+    event: its number in the trace. recorded, replayed: the first action in its answer that is not
+    the same; None: there was none. error: why the replaying scheduler refused the event.
     """
 
     event: int
-    recorded: list[Action]
-    replayed: list[Action]
-    error: str = ""
+    recorded: Action | None
+    replayed: Action | None
+    error: str
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """events: EVENT[n], those of the trace. actions: ACTION[m], those of the replay, up to the
-    first difference. equal: every decision is the recorded one."""
+    """What came of a replay.
 
+    config: replayed with. events: EVENT[n], those of the trace.
+    actions: ACTION[m], those of the replay, up to the first difference; answers: int64[m], the
+        index of the event that each answers.
+    equal: every decision is the recorded one.
+    unread: bytes at the end of the file that are not a whole chunk.
+    """
+
+    config: Config
     events: np.ndarray
     actions: np.ndarray
+    answers: np.ndarray
     equal: bool
     first_difference: Difference | None
     unread: int
@@ -210,46 +222,67 @@ def replay(path: Path, *, partial: bool = False, config: Config | None = None) -
     """
     recording = read_trace(path, partial=partial)
     scheduler = Scheduler(config or recording.config)
-    done: list[np.ndarray] = [np.zeros(0, ACTION)]
+    done = [np.zeros(0, ACTION)]
+    answers = [np.zeros(0, np.int64)]
     handled = 0
-    for number, chunk in enumerate(recording.chunks):
-        try:
-            actions = scheduler.handle(chunk.events)
-            equal = actions.tobytes() == chunk.actions.tobytes()
-        except SchedulerError:
-            equal = False
-        if not equal or scheduler.digest() != chunk.digest:
-            before = recording.chunks[:number]
-            same, difference = _find(scheduler.config, before, chunk, handled)
-            return Replay(
-                recording.events, np.concatenate([*done, same]), False, difference, recording.unread
-            )
+    difference = None
+    for chunk in recording.chunks:
+        actions, indices, taken, error = _handle(scheduler, chunk.events)
+        found = _compare(chunk, actions, indices, taken, error)
+        if found is not None:
+            agreed, first = found
+            actions, indices = actions[:agreed], indices[:agreed]
+            difference = replace(first, event=first.event + handled)
+        elif config is None and scheduler.digest() != chunk.digest:
+            last = handled + len(chunk.events) - 1
+            difference = Difference(last, None, None, "the digests differ: another release's?")
         done.append(actions)
+        answers.append(indices + handled)
         handled += len(chunk.events)
-    return Replay(recording.events, np.concatenate(done), True, None, recording.unread)
+        if difference is not None:
+            break
+    return Replay(
+        scheduler.config,
+        recording.events,
+        np.concatenate(done),
+        np.concatenate(answers),
+        difference is None,
+        difference,
+        recording.unread,
+    )
 
 
-def _find(
-    config: Config, before: list[_Chunk], chunk: _Chunk, handled: int
-) -> tuple[np.ndarray, Difference]:
-    """The chunk again, event by event. `handled` events were before it."""
-    scheduler = Scheduler(config)
-    for other in before:
-        scheduler.handle(other.events)
-    agreed = 0
-    for number in range(len(chunk.events)):
-        error = ""
-        try:
-            actions = scheduler.handle(chunk.events[number : number + 1])
-        except SchedulerError as refusal:
-            actions, error = np.zeros(0, ACTION), str(refusal)
-        recorded = chunk.actions[agreed : agreed + len(actions)]
-        last = number + 1 == len(chunk.events)
-        if error or recorded.tobytes() != actions.tobytes() or last:
-            # Nothing says how many of the recorded actions belong to this event alone.
-            rest = chunk.actions[agreed:] if last else recorded
-            return chunk.actions[:agreed], Difference(
-                handled + number, as_actions(rest), as_actions(actions), error
-            )
-        agreed += len(actions)
-    raise AssertionError("the last event of the chunk returns")
+def _handle(scheduler: Scheduler, events: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """Actions, their events' indices, how many events were taken, why the next was refused."""
+    try:
+        return *scheduler.handle_each(events), len(events), ""
+    except SchedulerError as error:
+        refused: Any = error  # the scheduler's has what it decided before
+        return refused.actions, refused.answers, refused.taken, str(error)
+
+
+def _first(actions: np.ndarray, index: int) -> Action | None:
+    return as_actions(actions[index : index + 1])[0] if index < len(actions) else None
+
+
+def _compare(
+    chunk: _Chunk, actions: np.ndarray, answers: np.ndarray, taken: int, error: str
+) -> tuple[int, Difference] | None:
+    """How many actions are the same, and the first event that has others, counted in the chunk;
+    None: all are the same."""
+    shared = min(len(actions), len(chunk.actions))
+    unequal = (actions[:shared] != chunk.actions[:shared]) | (
+        answers[:shared] != chunk.answers[:shared]
+    )
+    agreed = int(unequal.argmax()) if unequal.any() else shared
+    if not error and agreed == len(actions) == len(chunk.actions):
+        return None
+    event = min(
+        [taken] * bool(error)
+        + [int(side[agreed]) for side in (answers, chunk.answers) if agreed < len(side)]
+    )
+    recorded, replayed = (
+        _first(side, agreed) if agreed < len(indices) and indices[agreed] == event else None
+        for side, indices in ((chunk.actions, chunk.answers), (actions, answers))
+    )
+    return agreed, Difference(event, recorded, replayed, error if event == taken else "")

@@ -36,9 +36,9 @@ Event Toys::illegal() {
   const auto& leases = model_.leases();
   switch (draw(0, 7)) {
     case 0: {
-      Event e = one_in(2) ? offer() : word();
-      e.time = one_in(2) && now_ > 0 ? now_ - 1 : kHuge;
-      // A word that is thrown away is one that comes no more: its lease dies by its deadline.
+      Event e = one_in(2) ? offer() : event(EventKind::kTime);
+      const std::int64_t last = events_.empty() ? 0 : events_.back().time;
+      e.time = one_in(2) && last > 1 ? last - 1 : kHuge;
       return e;
     }
     case 1: {

@@ -48,7 +48,7 @@ void run(std::uint64_t seed, int steps, int illegal, Seen& seen) {
     INFO("seed " << seed << ' ' << history(toys));
     CHECK(finished);
   } catch (const std::exception& error) {
-    FAIL("seed " << seed << ": " << error.what() << '\n' << history(toys));
+    FAIL("seed " << seed << ": " << std::string(error.what()) << '\n' << history(toys));
   }
   Scheduler again(toys.scheduler().config());
   std::vector<Action> actions;
