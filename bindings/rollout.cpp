@@ -137,6 +137,7 @@ void bind_rollout(py::module_& module) {
   bind_ledger(rollout);
   bind_scheduler(rollout);
   bind_repetition(rollout);
+  bind_simulate(rollout);
 }
 
 }  // namespace kimisys::bindings

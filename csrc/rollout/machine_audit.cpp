@@ -27,8 +27,8 @@ void audit_trajectory(const Machine& machine, Slot slot, Totals& totals) {
   hold(trajectory.tokens >= 0 && trajectory.tokens <= trajectory.limit, "trajectory ", slot,
        " has ", trajectory.tokens, " tokens of ", trajectory.limit);
   hold(trajectory.phase != Phase::kFree, "trajectory ", slot, " of a group is in no phase");
-  hold(trajectory.phase == Phase::kFinished || trajectory.tokens < trajectory.limit, "trajectory ",
-       slot, " is not finished at its limit");
+  hold(trajectory.phase != Phase::kWaiting || trajectory.tokens < trajectory.limit, "trajectory ",
+       slot, " waits for nothing");
   hold((trajectory.first_version == kNoVersion) == (trajectory.tokens == 0), "trajectory ", slot,
        " has tokens of no version");
   std::int64_t in_segments = 0;

@@ -81,7 +81,7 @@ bool Machine::offered(const Event& event) {
                 " samples; ask for 1 to ", kMostSamples);
   KIMISYS_CHECK(event.tokens >= 0 && event.tokens <= kMostTokens, kCode, about(), ": a prompt of ",
                 event.tokens, " tokens; it must be from 0 to ", kMostTokens);
-  KIMISYS_CHECK(event.limit >= 1 && event.limit <= kMostTokens, kCode, about(), ": at most ",
+  KIMISYS_CHECK(event.limit >= 1 && event.limit <= kMostTokens, kCode, about(), ": a limit of ",
                 event.limit, " output tokens; allow 1 to ", kMostTokens);
   const auto samples = static_cast<std::size_t>(event.count);
   KIMISYS_CHECK(free_trajectories.size() + (kNoSlot - state.trajectories.size()) >= samples, kCode,
@@ -157,13 +157,16 @@ bool Machine::tokens(const Event& event) {
   const std::int64_t first_version = trajectory.first_version;
   const std::int64_t spent_before = spent;
   arrive(slot, event.tokens);
-  if (trajectory.first_version != first_version && drop_if_stale(trajectory.group)) return true;
+  const bool older = trajectory.first_version != first_version;
+  if (older && drop_if_stale(trajectory.group)) return true;
   for (const Slot victim : overflow(state, predictor, state.engines[trajectory.engine_place])) {
     pause(victim);
   }
-  // Between its reaching and its end nothing that words of leases say closes an iteration.
+  if (yields(state, predictor, slot, queue.front(state))) pause(slot);
+  // Words of leases close an iteration when they reach its budget, and open it again when one that
+  // was asked to pause has begun a group that it must not end without.
   const std::int64_t budget = state.config.token_budget;
-  return spent_before < budget && spent >= budget;
+  return (spent_before < budget && spent >= budget) || (closing && older);
 }
 
 bool Machine::segment_ended(const Event& event) {

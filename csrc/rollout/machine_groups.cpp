@@ -22,6 +22,7 @@ void Machine::admit() {
   unadmitted.pop_front();
   Group& group = state.groups[slot];
   group.admitted = true;
+  group.round = iteration;
   ++admitted;
   for (const Slot trajectory : group.trajectories) queue.push(state, predictor, trajectory);
 }

@@ -1,5 +1,7 @@
 #include "rollout/scheduler.h"
 
+#include <utility>
+
 #include "rollout/machine.h"
 
 namespace kimisys::rollout {
@@ -35,6 +37,11 @@ Counts Scheduler::counts() const { return machine_->counts(); }
 const Ledger& Scheduler::ledger() const { return machine_->ledger; }
 const Config& Scheduler::config() const { return machine_->state.config; }
 std::uint64_t Scheduler::digest() const { return machine_->digest; }
+
+void Scheduler::reveal(std::function<std::int64_t(GroupId, std::uint32_t)> truth) {
+  machine_->predictor.reveal(std::move(truth));
+}
+
 void Scheduler::audit() const { machine_->audit(); }
 
 }  // namespace kimisys::rollout

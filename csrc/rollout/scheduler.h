@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -78,6 +79,10 @@ class Scheduler {
 
   // A 64-bit chain over all events and actions so far: equal exactly where they are.
   std::uint64_t digest() const;
+
+  // For simulations alone, before the first event: true output lengths, where the policies would
+  // ask for a prediction. Not in the digest.
+  void reveal(std::function<std::int64_t(GroupId group, std::uint32_t sample)> truth);
 
   // Checks every invariant from scratch and raises SchedulerError naming the one that is broken.
   // For tests: O(everything).

@@ -44,11 +44,13 @@ void World::apply(const Action& action) {
 
 void World::offer(std::int64_t count) {
   const std::size_t groups = lots_.prompt_tokens.size();
-  KIMISYS_CHECK(offered_ < groups, ErrorCode::kScheduler, "simulation: the scheduler wants ", count,
-                " more groups in iteration ", outcome_.rollout_seconds.size() + 1, " of ",
-                simulation_.iterations, ", and all ", groups,
-                " were offered; give the lots more groups");
-  for (; count > 0 && offered_ < groups; --count, ++offered_) {
+  KIMISYS_CHECK(count <= static_cast<std::int64_t>(groups - offered_), ErrorCode::kScheduler,
+                "simulation: the scheduler wants ", count, " more groups in iteration ",
+                outcome_.rollout_seconds.size() + 1, " of ", simulation_.iterations, ", and ",
+                offered_, " of ", groups,
+                " were offered; give the lots more groups, also for what is begun ahead");
+  for (const std::size_t end = offered_ + static_cast<std::size_t>(count); offered_ < end;
+       ++offered_) {
     Event offered = event(EventKind::kOffered);
     offered.id = offered_;
     offered.tokens = lots_.prompt_tokens[offered_];

@@ -47,6 +47,7 @@ struct Group {
   std::int64_t first_version = kNoVersion;
   std::vector<Slot> trajectories;  // by sample
   std::uint32_t finished = 0;
+  std::int64_t round = 0;  // the iteration in which it was admitted
   bool admitted = false;  // its trajectories may be leased
   bool used = false;      // the slot
 };

@@ -90,6 +90,11 @@ void Toys::make(Lease lease, Segment& segment) {
   segment.tokens += said.tokens;
   segment.left -= said.tokens;
   const bool stops = segment.tokens >= segment.length;
+  const bool tells_later = (stops || segment.left == 0) && said.tokens > 0 && one_in(3);
+  if (tells_later) {
+    segment.on_its_way.push_back(said);
+    return;
+  }
   if (stops || segment.left == 0 || (segment.pausing && one_in(2)) || (!patient_ && one_in(25))) {
     segment.ended = true;
     said.kind = EventKind::kSegmentEnded;

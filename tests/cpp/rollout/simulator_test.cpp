@@ -252,7 +252,7 @@ TEST_CASE("what makes no sense is refused") {
   refused({"limit is 0"}, [](Simulation&, Lots& l) { l.limit = 0; });
   refused({"sample 0 of group 0", "15 tokens", "engine 0 holds 14"},
           [](Simulation& s, Lots&) { s.engines[0].kv_capacity = 14; });
-  refused({"wants 1 more groups", "all 1 were offered"},
+  refused({"wants 1 more groups", "1 of 1 were offered"},
           [](Simulation& s, Lots&) { s.iterations = 2; });
   refused({"ten days"}, [](Simulation& s, Lots& l) {
     s.engines[0].step = 86000;
