@@ -3,6 +3,7 @@
 #include "rollout/concurrency.h"
 #include "rollout/digest.h"
 #include "rollout/machine.h"
+#include "rollout/placement.h"
 
 namespace kimisys::rollout {
 namespace {
