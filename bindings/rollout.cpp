@@ -39,10 +39,9 @@ std::string print(const Action& action) {
   return text.str();
 }
 
-std::vector<Action> as_actions(const py::array_t<Action, py::array::c_style>& array) {
-  KIMISYS_CHECK(array.ndim() == 1, ErrorCode::kScheduler, "actions have ", array.ndim(),
-                " dimensions; they are an array of one");
-  return {array.data(), array.data() + array.size()};
+std::vector<Action> as_actions(const py::array& actions) {
+  const auto given = records<Action>(actions, "ACTION");
+  return {given.data(), given.data() + given.size()};
 }
 
 void bind_kinds(py::module_& rollout) {
@@ -114,7 +113,7 @@ void bind_action(py::module_& rollout) {
            })
       .def("__repr__", &print);
   rollout.def("as_actions", &as_actions, py::arg("actions"),
-              "ACTION[n] as objects; SchedulerError if it has not one dimension.");
+              "ACTION[n] as objects; SchedulerError for another array.");
 }
 
 }  // namespace

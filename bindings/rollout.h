@@ -5,8 +5,10 @@
 #include <pybind11/pybind11.h>
 
 #include <cstring>
+#include <string>
 #include <vector>
 
+#include "base/error.h"
 #include "rollout/types.h"
 
 namespace kimisys::bindings {
@@ -24,6 +26,17 @@ pybind11::array_t<T> as_array(const std::vector<T>& records) {
     std::memcpy(array.mutable_data(), records.data(), records.size() * sizeof(T));
   }
   return array;
+}
+
+// An array of one dimension as records; raises SchedulerError for any other.
+template <typename T>
+pybind11::array_t<T, pybind11::array::c_style> records(const pybind11::array& given,
+                                                       const char* name) {
+  KIMISYS_CHECK(given.ndim() == 1 && pybind11::isinstance<pybind11::array_t<T>>(given),
+                ErrorCode::kScheduler, "an array of ", given.ndim(), " dimensions and dtype ",
+                pybind11::str(given.dtype()).cast<std::string>(),
+                " was given; it must have one, and dtype kimisys.rollout.", name);
+  return pybind11::array_t<T, pybind11::array::c_style>::ensure(given);
 }
 
 // Python's -1 for what the records spell as their type's greatest value: none.

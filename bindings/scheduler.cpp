@@ -21,8 +21,6 @@ namespace {
 
 using namespace rollout;  // NOLINT: a binding file names nearly all of it
 
-using Events = py::array_t<Event, py::array::c_style>;
-
 EndReason reason_of(const std::string& given) {
   for (std::uint32_t i = 1; i <= static_cast<std::uint32_t>(EndReason::kFailed); ++i) {
     if (given == name(static_cast<EndReason>(i))) return static_cast<EndReason>(i);
@@ -77,10 +75,9 @@ struct Handled {
   throw py::error_already_set();
 }
 
-Handled handled(Guarded& self, const Events& events) {
-  KIMISYS_CHECK(events.ndim() == 1, ErrorCode::kScheduler, "events have ", events.ndim(),
-                " dimensions; they are an array of one");
-  const std::span<const Event> given(events.data(), static_cast<std::size_t>(events.size()));
+Handled handled(Guarded& self, const py::array& events) {
+  const auto array = records<Event>(events, "EVENT");
+  const std::span<const Event> given(array.data(), static_cast<std::size_t>(array.size()));
   Handled made;
   {
     const py::gil_scoped_release release;
@@ -99,12 +96,11 @@ Handled handled(Guarded& self, const Events& events) {
   return made;
 }
 
-py::array_t<Action> handle(Guarded& self, const Events& events) {
+py::array handle(Guarded& self, const py::array& events) {
   return as_array(handled(self, events).actions);
 }
 
-std::pair<py::array_t<Action>, py::array_t<std::int64_t>> handle_each(Guarded& self,
-                                                                      const Events& events) {
+std::pair<py::array, py::array> handle_each(Guarded& self, const py::array& events) {
   const Handled made = handled(self, events);
   return {as_array(made.actions), as_array(made.answers)};
 }

@@ -27,6 +27,7 @@ INEXPRESSIBLE = (
     "is inconsistent, metaclass differs",
     '.__init__ is inconsistent, stub does not have *args parameter "args"',
     "Snapshot.__buffer__ is not present at runtime",
+    ".__pybind11_native_enum__ is not present in stub",
 )
 
 # Parameters as (name, default's source or None), without self.

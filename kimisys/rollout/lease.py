@@ -30,11 +30,12 @@ class Lease:
 def check_output(link: Link, output: SegmentOutput, lease: Lease | None) -> None:
     """Raises EngineError for an output that no honest engine sends. lease: None: it is dead."""
     fault = None
+    token_ids = output.token_ids
     if output.reason and output.reason not in END_REASONS:
         fault = f"ends with reason {output.reason!r}, which is none of {END_REASONS}"
-    elif len(output.token_ids) != len(output.log_probs):
-        fault = f"has {len(output.token_ids)} tokens and {len(output.log_probs)} log-probs"
-    elif len(output.token_ids) and not 0 <= min(output.token_ids) <= max(output.token_ids) < 1 << 31:
+    elif len(token_ids) != len(output.log_probs):
+        fault = f"has {len(token_ids)} tokens and {len(output.log_probs)} log-probs"
+    elif len(token_ids) and not 0 <= min(token_ids) <= max(token_ids) < 1 << 31:
         fault = "has token ids that are negative or need more than 31 bits"
     elif lease is None and not 0 <= output.lease < 1 << 63:
         fault = "is of a lease that was never made"
@@ -42,9 +43,9 @@ def check_output(link: Link, output: SegmentOutput, lease: Lease | None) -> None
         return
     elif lease.link is not link:
         fault = f"belongs to engine {lease.link.number}"
-    elif lease.made + len(output.token_ids) > lease.limit:
+    elif lease.made + len(token_ids) > lease.limit:
         fault = f"has more than the {lease.limit} tokens that were asked for"
-    elif len(output.token_ids) and output.version != lease.version:
+    elif len(token_ids) and output.version != lease.version:
         fault = f"was made by version {output.version}, but the engine served {lease.version}"
     if fault is not None:
         raise EngineError(

@@ -1,4 +1,4 @@
-"""Engines that die, hang, answer late, refuse and lie: nothing is lost, and nothing wrong is kept."""
+"""Engines that die, hang, answer late, refuse and lie: nothing is lost, nothing wrong is kept."""
 
 from __future__ import annotations
 
