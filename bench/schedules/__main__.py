@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ def run(
         plot: The picture, SVG or PNG.
         only: Cases whose name holds one of these words; all of them if not given.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     chosen = [case for case in cases() if not only or any(word in case.name for word in only)]
     results: list[Result] = []
     with Console(stderr=True).status("") as status:
@@ -43,6 +44,8 @@ def run(
             results.append(result)
             console.print(f"\n{case.name} ({time.monotonic() - started:.0f} s)", style="bold")
             console.print(table(result))
+            for name, figure in result.figures().items():
+                console.print(f"  {name:<34} {figure}", highlight=False)
             for line in result.lost():
                 console.print(f"  lost: {line}", highlight=False)
             record = {
@@ -78,8 +81,6 @@ def table(result: Result) -> Table:
             f"{mean('staleness'):.2f}",
             f"{mean('bias'):.3f}",
         )
-    for name, figure in result.figures().items():
-        shown.add_row(name, "", "", str(figure))
     return shown
 
 

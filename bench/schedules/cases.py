@@ -80,7 +80,7 @@ class Case:
             token_budget=round(self.groups * SAMPLES * mean_length(lots)),
             iterations=study.whole_iterations if policy.whole else study.iterations,
             warm_up=0 if policy.whole else study.warm_up,
-            report_interval=10.0,
+            report_interval=1.0,
         )
 
 
