@@ -17,6 +17,9 @@ void bind_publish(pybind11::module_& broadcast);   // called by bind_broadcast
 void bind_delta(pybind11::module_& broadcast);     // called by bind_broadcast
 void bind_encode(pybind11::module_& broadcast);    // called by bind_broadcast
 void bind_quantize(pybind11::module_& module);
+void bind_rollout(pybind11::module_& module);
+void bind_repetition(pybind11::module_& rollout);  // called by bind_rollout
+void bind_simulate(pybind11::module_& rollout);    // called by bind_rollout
 void bind_matrix(pybind11::module_& module);
 
 }  // namespace kimisys::bindings

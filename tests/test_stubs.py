@@ -19,7 +19,7 @@ import pytest
 from kimisys import _core
 
 ROOT = Path(__file__).parent.parent
-MODULES = [_core, _core.reshard, _core.broadcast]
+MODULES = [_core, _core.reshard, _core.broadcast, _core.rollout]
 
 # What a stub cannot say of pybind11's classes: their metaclass, and that some cannot be made. And
 # buffers show their method from Python 3.12 on only.
@@ -27,6 +27,7 @@ INEXPRESSIBLE = (
     "is inconsistent, metaclass differs",
     '.__init__ is inconsistent, stub does not have *args parameter "args"',
     "Snapshot.__buffer__ is not present at runtime",
+    ".__pybind11_native_enum__ is not present in stub",
 )
 
 # Parameters as (name, default's source or None), without self.
@@ -40,14 +41,15 @@ def stub_of(module: ModuleType) -> str:
 
 def signature(function: ast.FunctionDef) -> Signature:
     given = function.args
-    assert given.kwarg is None and given.vararg is None, f"{function.name} takes anything"
+    assert given.vararg is None, f"{function.name} takes anything"
     positional = [*given.posonlyargs, *given.args]
     missing: list[ast.expr | None] = [None] * (len(positional) - len(given.defaults))
     pairs = [
         *zip(positional, [*missing, *given.defaults], strict=True),
         *zip(given.kwonlyargs, given.kw_defaults, strict=True),
     ]
-    return [(a.arg, d and ast.unparse(d)) for a, d in pairs if a.arg != "self"]
+    named = [(a.arg, d and ast.unparse(d)) for a, d in pairs if a.arg != "self"]
+    return named + ([(f"**{given.kwarg.arg}", None)] if given.kwarg else [])
 
 
 def is_property(function: ast.FunctionDef) -> bool:

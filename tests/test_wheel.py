@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # Run isolated (-I): neither this tree nor PYTHONPATH can stand in for what the wheel lacks.
 SCRIPT = """
 import importlib.util, sys
-import kimisys, kimisys.broadcast, kimisys.reshard
+import kimisys, kimisys.broadcast, kimisys.reshard, kimisys.rollout
 
 assert kimisys.__file__.startswith(sys.prefix), kimisys.__file__
 present = {"numpy"}

@@ -14,6 +14,11 @@ namespace kimisys::rollout {
 bool has_room(const State& state, const Predictor& predictor, const Engine& engine,
               Slot trajectory);
 
+// The most KV tokens that an engine is expected to hold at once, from now until all that runs there
+// has ended, with `one_more` (kNoSlot: without). Sequences grow by a token a step, and end at a
+// rate of one over their predicted rest: some are gone before others are long. O(sequences).
+double peak(const State& state, const Predictor& predictor, const Engine& engine, Slot one_more);
+
 // Trajectories to pause because the engine's cache is about to overflow: the engine would throw
 // away KV that is dear to compute again. Empty for kFixed. O(1) where there is nothing to do.
 std::vector<Slot> overflow(const State& state, const Predictor& predictor, const Engine& engine);

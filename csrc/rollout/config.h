@@ -14,7 +14,7 @@ enum class Deployment : std::uint32_t { kAlternate, kOverlap };
 // kGroupRoundRobin: all of a group to one engine, groups in turn. kLeastLoaded: the engine with the
 // fewest sequences. kKvAware: by what the engines' KV caches will hold, moving a trajectory that
 // has begun only where that gains more time than computing its KV again costs. kSticky: as
-// kKvAware, but what has begun on an engine stays there.
+// kKvAware, but what has begun on an engine stays there while that has room.
 enum class Placement : std::uint32_t { kGroupRoundRobin, kLeastLoaded, kKvAware, kSticky };
 
 // Which waiting trajectory goes first (queue.h); what has begun always goes before what has not.

@@ -23,7 +23,7 @@ struct Ledger {
   Lengths finished;                // trajectories that ended, whatever became of their group
   Lengths trained;                 // of groups handed over
   std::array<Lengths, 4> dropped;  // by DropReason; lengths when dropped
-  std::array<Lengths, 6> ended;    // by EndReason
+  std::array<Lengths, 6> ended;    // trajectories that ended, by EndReason
   std::array<std::int64_t, 65> stale = {};  // trained tokens by staleness in versions; last: more
   std::int64_t offered_groups = 0;
   std::int64_t trained_groups = 0;

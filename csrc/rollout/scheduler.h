@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -46,6 +47,8 @@ struct Counts {
   std::int64_t spent = 0;  // output tokens of this iteration
 };
 
+struct Machine;
+
 class Scheduler {
  public:
   explicit Scheduler(const Config& config);  // raises SchedulerError, see check()
@@ -64,6 +67,7 @@ class Scheduler {
   void handle(std::span<const Event> events, std::vector<Action>& actions, std::size_t& taken);
 
   // When kTime is due at the latest, in microseconds; kNever: nothing is pending. O(1) amortised.
+  // Now, where a kWant was answered in part: what came starts at the next event that is no offer.
   std::int64_t next_deadline() const;
 
   // What keeps the batch from being complete, worst first; empty when nothing is asked for.
@@ -76,12 +80,15 @@ class Scheduler {
   // A 64-bit chain over all events and actions so far: equal exactly where they are.
   std::uint64_t digest() const;
 
+  // For simulations alone, before the first event: true output lengths, where the policies would
+  // ask for a prediction. Not in the digest.
+  void reveal(std::function<std::int64_t(GroupId group, std::uint32_t sample)> truth);
+
   // Checks every invariant from scratch and raises SchedulerError naming the one that is broken.
   // For tests: O(everything).
   void audit() const;
 
  private:
-  struct Machine;
   std::unique_ptr<Machine> machine_;
 };
 

@@ -39,6 +39,8 @@ struct Simulation {
   double reward_latency = 0;      // seconds from the last group's end to the training's begin
   double report_interval = 0.05;  // seconds between two words of a lease; 0: at its end alone
   std::vector<Outage> outages;
+  // The predictor is told the true lengths: what no scheduler can have, to compare with.
+  bool oracle = false;
 };
 
 // Groups in the order of the offers: lengths has groups * samples entries.
@@ -53,7 +55,7 @@ struct Span {  // one segment as it ran, for the picture
   EngineId engine = 0;
   GroupId group = 0;
   std::uint32_t sample = 0;
-  double start = 0;  // seconds
+  double start = 0;  // seconds, when the scheduler asked for it
   double end = 0;
   std::int64_t tokens = 0;
   std::int64_t version = 0;
@@ -63,12 +65,13 @@ struct Span {  // one segment as it ran, for the picture
 struct Outcome {
   double seconds = 0;                   // until the last batch was trained
   std::vector<double> rollout_seconds;  // by iteration: from kTrainerReady to kBatch
-  std::vector<double> train_seconds;    // by iteration
+  std::vector<double> train_seconds;    // by iteration, without the reward's latency
   std::vector<std::int64_t> tokens;     // handed over, by iteration
   std::vector<std::int64_t> groups;     // handed over, by iteration
-  std::int64_t decoded = 0;             // tokens made, useful or not
+  std::int64_t offered = 0;             // groups, handed over or not
+  std::int64_t decoded = 0;             // tokens made until the last kBatch, useful or not
   std::int64_t prefilled = 0;           // prompt and output tokens whose KV was computed
-  std::int64_t preempted = 0;           // of those, because an engine's cache overflowed
+  std::int64_t preempted = 0;           // of those, again, because an engine's cache overflowed
   std::vector<double> busy;             // seconds, by engine
   std::vector<Span> spans;              // only if asked for
   Ledger ledger;
@@ -76,8 +79,15 @@ struct Outcome {
   std::int64_t events = 0;
 };
 
-// Raises SchedulerError for numbers that make no sense, and if the lots do not suffice for the
-// iterations.
+// All prompts are there from the start: kWant is answered at once, in the order of the lots. A
+// batch is trained after the reward's latency; then the next version is published and the trainer
+// is ready again. What engines are told within a step they do at its end. Engines report on a
+// common grid of report_interval; one that waits inside an engine says nothing, so lease_timeout
+// must be longer than that. Costs are rounded to 1e-13 seconds, so that the time of many steps is
+// exact.
+//
+// Raises SchedulerError for numbers that make no sense, and if the lots do not suffice: what the
+// scheduler wants ahead in the last iteration is part of it.
 Outcome simulate(const Simulation& simulation, const Lots& lots, bool spans = false);
 
 }  // namespace kimisys::rollout

@@ -27,11 +27,17 @@ struct Trajectory {
   Slot group = kNoSlot;
   std::uint32_t sample = 0;
   std::uint32_t epoch = 0;
-  EngineId engine = kNoEngine;  // that runs it, or ran its last segment
-  std::uint32_t failures = 0;   // in a row
+  EngineId engine = kNoEngine;     // that runs it, or ran its last segment
+  std::uint32_t engine_place = 0;  // of that engine in State::engines
+  std::uint32_t lease_place = 0;   // of it in that engine's leases, while it is leased
+  std::uint32_t failures = 0;      // in a row
   Phase phase = Phase::kFree;
   EndReason ended = EndReason::kNone;
 };
+
+constexpr bool leased(const Trajectory& trajectory) {
+  return trajectory.phase == Phase::kRunning || trajectory.phase == Phase::kPausing;
+}
 
 struct Group {
   GroupId id = 0;
@@ -41,10 +47,13 @@ struct Group {
   std::int64_t first_version = kNoVersion;
   std::vector<Slot> trajectories;  // by sample
   std::uint32_t finished = 0;
-  bool begun = false;  // a trajectory of it has been leased
-  bool used = false;   // the slot
+  std::int64_t round = 0;  // the iteration in which it was admitted
+  bool admitted = false;  // its trajectories may be leased
+  bool used = false;      // the slot
 };
 
+// kUpdating: it is to take a version as soon as it is idle, and gets nothing new. kLeaving: it gets
+// nothing new, ever.
 enum class EnginePhase : std::uint8_t { kGone, kServing, kUpdating, kLeaving };
 
 struct Engine {
@@ -53,16 +62,18 @@ struct Engine {
   std::int64_t version = kNoVersion;
   std::int64_t kv_capacity = 0;  // tokens
   std::int64_t max_sequences = 0;
-  std::int64_t kv_tokens = 0;  // prompts and outputs of its leases
-  std::int64_t sequences = 0;  // leases
-  std::int64_t since = 0;      // microseconds: when it came into its phase
-  std::vector<Slot> leases;    // in no order
+  std::int64_t asked = kNoVersion;  // the version it was told to take, until it has
+  std::int64_t kv_tokens = 0;       // prompts and outputs of its leases
+  std::int64_t kv_reported = 0;     // KV tokens in use by its last word on it
+  std::int64_t sequences = 0;       // leases
+  std::int64_t since = 0;           // microseconds: when it came into its phase
+  std::vector<Slot> leases;         // in no order
 };
 
 struct State {
   Config config;
   std::int64_t now = 0;
-  std::int64_t version = kNoVersion;  // the newest published
+  std::int64_t version = kNoVersion;  // the newest: published, or served by the first engine
   std::vector<Trajectory> trajectories;
   std::vector<Group> groups;
   std::vector<Engine> engines;  // in the order of joining; those gone keep their place

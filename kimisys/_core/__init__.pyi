@@ -1,5 +1,6 @@
 from kimisys._core import broadcast as broadcast
 from kimisys._core import reshard as reshard
+from kimisys._core import rollout as rollout
 
 class KimisysError(Exception): ...
 class LayoutError(KimisysError): ...

@@ -80,17 +80,22 @@ def sequence_log_probs(token_log_probs: Tensor, response_mask: Tensor) -> Tensor
     """log π(y|x): the sum of log π(y_t | x, y_<t) over the tokens of the response, and no others.
 
     token_log_probs: float [b, s]. response_mask: bool [b, s], true where the token was sampled
-    (the closing <eos> included), false on prompt and padding. Returns [b]. What the mask excludes
-    may be anything, NaN included: it reaches neither the value nor the gradient. Raises
-    ValueError when a shape or dtype is wrong.
+    (the closing <eos> included), false on prompt and padding; or float [b, s], the weights of
+    `rl.partial`: the sum is then Σ_t w_t·log π(y_t | x, y_<t), w detached. Returns [b]. What the
+    mask excludes, or a weight of 0, may be anything, NaN included: it reaches neither the value nor
+    the gradient. Raises ValueError when a shape or dtype is wrong.
     """
-    if response_mask.dtype != torch.bool:
-        raise ValueError(f"response_mask must be bool, got {response_mask.dtype}")
+    weighted = response_mask.is_floating_point()
+    if response_mask.dtype != torch.bool and not weighted:
+        raise ValueError(f"response_mask must be bool or float weights, got {response_mask.dtype}")
     if token_log_probs.dim() != 2 or token_log_probs.shape != response_mask.shape:
         raise ValueError(
             "token_log_probs and response_mask must both be [batch, tokens], got "
             f"{tuple(token_log_probs.shape)} and {tuple(response_mask.shape)}"
         )
+    if weighted:
+        counted = token_log_probs.masked_fill(response_mask == 0, 0.0)
+        return (counted * response_mask.detach().to(counted.dtype)).sum(dim=1)
     return token_log_probs.masked_fill(~response_mask, 0.0).sum(dim=1)
 
 

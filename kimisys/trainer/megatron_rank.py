@@ -27,7 +27,9 @@ from kimisys.trainer.batch import Batch
 class Improvement:
     """What one iteration learns from. groups: int64[rows], numbered from 0; rewards, reference:
     float32[rows], reference being log π_i of each completion. reset: whether the optimizer's state
-    is forgotten first, as k1.5 does; bench/density measures what that means for deltas."""
+    is forgotten first, as k1.5 does; bench/density measures what that means for deltas. weights:
+    of each token in the loss, float32 like batch.mask (kimisys.rl.partial), with which `reference`
+    must have been summed too; None: the mask."""
 
     batch: Batch
     rewards: np.ndarray
@@ -39,6 +41,7 @@ class Improvement:
     clip_gradient: float
     seed: int
     reset: bool = True
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -182,9 +185,12 @@ class MegatronRank(Actor):
         for chosen in np.array_split(order, work.minibatches):
             rows = np.flatnonzero(np.isin(work.groups, chosen))
             batch = work.batch.rows(rows)
+            weights = batch.mask
+            if work.weights is not None:
+                weights = work.weights[rows, : batch.mask.shape[1]]
             step = self.policy.policy_step(
                 _tensor(batch.tokens),
-                _tensor(batch.mask),
+                _tensor(weights),
                 _PolicyLoss(work, rows),
                 work.learning_rate,
                 work.clip_gradient,

@@ -243,7 +243,7 @@ def test_wrong_arguments_are_named():
     for tau in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="tau"):
             policy_loss(ones, ones, ones, ones, tau)
-    with pytest.raises(ValueError, match="must be bool"):
-        sequence_log_probs(ones[None], ones[None])
+    with pytest.raises(ValueError, match="must be bool or float weights"):
+        sequence_log_probs(ones[None], groups[None])
     with pytest.raises(ValueError, match="must both be"):
         sequence_log_probs(ones[None], torch.ones(1, 4).bool())

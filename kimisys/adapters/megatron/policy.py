@@ -177,18 +177,29 @@ class Policy:
         learning_rate: float,
         max_gradient_norm: float | None = None,
     ) -> Step:
-        """One step on a loss of sequence log-probs: Σ_t log π(tokens[:, t + 1] | …) over what
-        `mask` selects.
+        """One step on a loss of sequence log-probs: Σ_t w_t·log π(tokens[:, t + 1] | …), w being
+        `mask`.
 
-        tokens: int64[b, s]. mask: [b, s - 1]. loss: called once per micro-batch, with the sequence
-        log-probs of some rows (differentiable) and the indices of these rows; returns their share
-        of the loss. A row that `mask` leaves empty comes with 0.0. Raises
-        FloatingPointError when the gradient is not finite; the weights are then as before.
+        tokens: int64[b, s]. mask: [b, s - 1], true or false, or float weights, finite and at least
+        0 (kimisys.rl.partial); what is 0 is left out, whatever its log-prob. loss: called once per
+        micro-batch, with the sequence log-probs of some rows (differentiable) and the indices of
+        these rows; returns their share of the loss. A row that `mask` leaves empty comes with 0.0.
+        Raises ValueError for a weight that is negative or not finite, FloatingPointError when the
+        gradient is not finite; the weights of the model are then as before.
         """
         _check_batch(tokens, mask)
+        token_weights = mask.to(torch.float32)
+        wrong = ~(torch.isfinite(token_weights) & (token_weights >= 0))
+        if wrong.any():
+            row, position = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"mask[{row}, {position}] is {token_weights[row, position].item()}; "
+                "a token's weight must be finite and at least 0"
+            )
 
         def share(log_probs: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> LossShare:
-            return loss(log_probs.masked_fill(~mask, 0.0).sum(1), rows)
+            counted = log_probs.masked_fill(~mask, 0.0)
+            return loss((counted * token_weights[rows, : counted.shape[1]]).sum(1), rows)
 
         return self._step(tokens, mask, share, learning_rate, max_gradient_norm)
 

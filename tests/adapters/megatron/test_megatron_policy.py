@@ -73,6 +73,14 @@ def sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens, mask, lengths
 
 
+def token_weights() -> torch.Tensor:
+    """float32[8, 11], importance weights: row 1 counts nothing, the end of row 0 neither."""
+    _, mask, _ = sample()
+    weights = 2.0 * torch.rand(8, 11, generator=torch.Generator().manual_seed(5)) * mask
+    weights[1], weights[0, 7:] = 0.0, 0.0
+    return weights
+
+
 def sequence_loss(log_probs: torch.Tensor, rows: torch.Tensor, before: torch.Tensor) -> LossShare:
     """k1.5's shape: a weighted log-prob and a squared log-ratio."""
     advantages = torch.linspace(-1, 1, 8)[rows]
@@ -166,6 +174,12 @@ def train(state: Rank) -> None:
         )
         state.note_step(f"policy{step}", result)
     state.save_weights("policy")
+    policy.reset_optimizer()
+    result = policy.policy_step(
+        tokens, token_weights(), lambda values, rows: sequence_loss(values, rows, before), RATE
+    )
+    state.note(weighted_loss=result.loss)
+    state.save_weights("weighted")
     frozen = [array.copy() for array in state.buffers.values()]
     with pytest.raises(FloatingPointError, match="the step was not taken"):
         policy.policy_step(
@@ -292,6 +306,22 @@ def test_policy_steps_are_those_of_transformers(ranks: Path, case: str) -> None:
         assert found[f"policy{step}_loss"] == pytest.approx(loss.item(), abs=1e-4)
     assert_close(gathered_weights(ranks, case, "policy"), model, 1e-5)
     assert found["untouched_by_nan"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_with_weights_is_that_of_transformers(ranks: Path, case: str) -> None:
+    found, (tokens, mask, _), weights = found_by_all(ranks, case), sample(), token_weights()
+    model = reference(case)
+    with torch.no_grad():
+        before = reference_log_probs(model, tokens).masked_fill(~mask, 0.0).sum(1)
+        for name, value in gathered_weights(ranks, case, "policy").items():
+            model.get_parameter(name).copy_(torch.from_numpy(value))
+    values = (reference_log_probs(model, tokens) * weights).sum(1)
+    loss = sequence_loss(values, torch.arange(8), before).loss
+    loss.backward()
+    adam_of(model).step()
+    assert found["weighted_loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert_close(gathered_weights(ranks, case, "weighted"), model, 1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,89 @@
+// kKvAware and kSticky: by the time of the engines' steps, which their KV and sequences make.
+#include <algorithm>
+
+#include "rollout/concurrency.h"
+#include "rollout/placement.h"
+
+namespace kimisys::rollout {
+namespace {
+
+// A move must gain this many times what it costs: predictions err, and the engine that computes
+// the KV again keeps all its other sequences waiting meanwhile.
+constexpr double kHysteresis = 2;
+
+struct Load {
+  const Engine* engine = nullptr;
+  double step = 0;      // microseconds
+  bool leaves = false;  // something there is pausing
+};
+
+bool lighter(const Load& left, const Load& right) { return left.step < right.step; }
+
+struct Candidate {
+  Slot slot = kNoSlot;
+  double gain = 0;  // microseconds, less the cost
+};
+
+// The sequence of `from` that gains most by running on an engine with steps of `step`.
+Candidate best_move(const State& state, const Predictor& predictor, const Load& from,
+                    const Load& to) {
+  const Config& config = state.config;
+  Candidate best;
+  for (const Slot slot : from.engine->leases) {
+    if (state.trajectories[slot].phase != Phase::kRunning) return {};  // one after the other
+    const auto context = static_cast<double>(state.context(slot));
+    const double own = config.sequence_cost + config.kv_cost * context;
+    const double gained = predictor.rest(state, slot) * (from.step - to.step - own);
+    const double gain = gained - kHysteresis * config.prefill_cost * context;
+    if (gain > best.gain || (gain == best.gain && gain > 0 && slot < best.slot)) {
+      best = {slot, gain};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+EngineId place_kv(const State& state, const Predictor& predictor, Slot trajectory) {
+  const EngineId last = state.trajectories[trajectory].engine;
+  const bool begun = state.trajectories[trajectory].tokens > 0;
+  const Engine* best = nullptr;
+  double least = 0;
+  for (const Engine& engine : state.engines) {
+    if (!will_serve(state, engine)) continue;
+    if (begun && serves(state, engine) && engine.id == last &&
+        state.config.placement == Placement::kSticky &&
+        has_room(state, predictor, engine, trajectory)) {
+      return last;
+    }
+    if (engine.sequences >= engine.max_sequences) continue;
+    const double step = step_time(state.config, engine);
+    if (best == nullptr || step < least || (step == least && engine.id == last)) {
+      best = &engine;
+      least = step;
+    }
+  }
+  if (best == nullptr || !serves(state, *best) || !has_room(state, predictor, *best, trajectory))
+    return kNoEngine;
+  return best->id;
+}
+
+std::vector<Slot> moves(const State& state, const Predictor& predictor) {
+  std::vector<Slot> moved;
+  if (state.config.placement != Placement::kKvAware) return moved;
+  const double least_gain = 2 * state.config.sequence_cost;
+  Load hot, cold;
+  for (const Engine& engine : state.engines) {
+    if (!serves(state, engine)) continue;
+    const Load load{&engine, step_time(state.config, engine)};
+    if (hot.engine == nullptr || lighter(hot, load)) hot = load;
+    if (cold.engine == nullptr || lighter(load, cold)) cold = load;
+  }
+  if (hot.engine == nullptr || hot.step - cold.step < least_gain) return moved;
+  const Candidate best = best_move(state, predictor, hot, cold);
+  if (best.slot == kNoSlot || !has_room(state, predictor, *cold.engine, best.slot)) return moved;
+  moved.push_back(best.slot);
+  return moved;
+}
+
+}  // namespace kimisys::rollout

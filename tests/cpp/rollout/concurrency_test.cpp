@@ -1,0 +1,120 @@
+#include "rollout/concurrency.h"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "policy_world.h"
+
+using namespace kimisys::rollout;
+
+TEST_CASE("concurrency: fixed counts sequences and nothing else") {
+  PolicyWorld world;
+  world.state.config.concurrency = Concurrency::kFixed;
+  const Predictor predictor;
+  const EngineId id = world.engine(1000, 3);
+  const Slot group = world.group(4, 600);
+  for (std::uint32_t s = 0; s < 3; ++s) {
+    CHECK(has_room(world.state, predictor, world.state.engines[id], world.sample(group, 3)));
+    world.run(world.sample(group, s), id);
+  }
+  CHECK_FALSE(has_room(world.state, predictor, world.state.engines[id], world.sample(group, 3)));
+  CHECK(overflow(world.state, predictor, world.state.engines[id]).empty());
+}
+
+TEST_CASE("concurrency: one that fits nowhere is let onto an idle engine") {
+  PolicyWorld world;
+  const Predictor predictor;
+  const EngineId id = world.engine(1000);
+  const Slot huge = world.sample(world.group(1, 5000), 0);
+  CHECK(has_room(world.state, predictor, world.state.engines[id], huge));
+  world.run(world.sample(world.group(1, 10, 20), 0), id);
+  CHECK_FALSE(has_room(world.state, predictor, world.state.engines[id], huge));
+}
+
+TEST_CASE("concurrency: the peak against sequences that end at random, step by step") {
+  Draw draw(21);
+  for (int round = 0; round < 20; ++round) {
+    PolicyWorld world;
+    const Predictor predictor;
+    const EngineId id = world.engine();
+    for (int i = 0; i < 40; ++i) {
+      world.run(world.sample(world.group(1, 50 + draw.below(500)), 0), id, draw.below(4000));
+    }
+    const Slot more = world.sample(world.group(1), 0);
+    struct Sequence {
+      double context, rest;
+    };
+    std::vector<Sequence> sequences;
+    for (const Slot slot : world.state.engines[id].leases) {
+      sequences.push_back(
+          {static_cast<double>(world.state.context(slot)), predictor.rest(world.state, slot)});
+    }
+    sequences.push_back(
+        {static_cast<double>(world.state.context(more)), predictor.rest(world.state, more)});
+    // Each ends at a rate of one over its rest: the sum's expectation, at every step.
+    double highest = 0;
+    for (int time = 0; time < 32768; ++time) {
+      double tokens = 0;
+      for (const Sequence& one : sequences) {
+        tokens += std::exp(-time / one.rest) * (one.context + time);
+      }
+      highest = std::max(highest, tokens);
+    }
+    CHECK(peak(world.state, predictor, world.state.engines[id], more) ==
+          doctest::Approx(highest).epsilon(0.12));
+    // Room is exactly where the peak is below what is planned with.
+    Engine& engine = world.state.engines[id];
+    const double planned = peak(world.state, predictor, engine, more);
+    engine.kv_capacity = static_cast<std::int64_t>(planned / world.state.config.kv_headroom) + 2;
+    CHECK(has_room(world.state, predictor, engine, more));
+    engine.kv_capacity -= 4;
+    CHECK_FALSE(has_room(world.state, predictor, engine, more));
+  }
+}
+
+TEST_CASE("concurrency: growth counts, not only what is held now") {
+  PolicyWorld world;
+  const Predictor predictor;
+  const EngineId id = world.engine(4000);
+  world.run(world.sample(world.group(1, 100, 30000), 0), id, 1500);
+  // The first is expected to become long; one that is short does not hinder.
+  CHECK_FALSE(has_room(world.state, predictor, world.state.engines[id],
+                       world.sample(world.group(1, 1000, 30000), 0)));
+  CHECK(peak(world.state, predictor, world.state.engines[id], kNoSlot) > 1600);
+  CHECK(peak(world.state, predictor, Engine{}, kNoSlot) == 0);
+}
+
+TEST_CASE("concurrency: an overflow pauses the shortest, and as few as suffice") {
+  Draw draw(22);
+  for (int round = 0; round < 200; ++round) {
+    PolicyWorld world;
+    const Predictor predictor;
+    const EngineId id = world.engine(10000 + draw.below(30000));
+    const auto count = 1 + draw.below(30);
+    for (int i = 0; i < count; ++i) {
+      world.run(world.sample(world.group(1), 0), id, draw.below(3000));
+    }
+    const Engine& engine = world.state.engines[id];
+    const std::vector<Slot> paused = overflow(world.state, predictor, engine);
+    auto held = static_cast<double>(engine.kv_tokens + 16 * engine.sequences);
+    const auto capacity = static_cast<double>(engine.kv_capacity);
+    std::int64_t longest = 0;
+    for (std::size_t i = 0; i < paused.size(); ++i) {
+      CHECK(held > capacity);  // each was needed
+      held -= static_cast<double>(world.state.context(paused[i]) + 16);
+      longest = std::max(longest, world.state.context(paused[i]));
+    }
+    const bool last = paused.size() + 1 == engine.leases.size();
+    CHECK((held <= capacity || last));
+    for (const Slot slot : engine.leases) {
+      if (std::find(paused.begin(), paused.end(), slot) != paused.end()) continue;
+      CHECK(world.state.context(slot) >= longest);
+    }
+    // Once asked to pause they are not asked again.
+    for (const Slot slot : paused) world.state.trajectories[slot].phase = Phase::kPausing;
+    CHECK(overflow(world.state, predictor, engine).empty());
+  }
+}

@@ -1,0 +1,197 @@
+#include "rollout/placement.h"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "policy_world.h"
+#include "rollout/concurrency.h"
+
+using namespace kimisys::rollout;
+
+namespace {
+
+// Engines with random loads, capacities and phases.
+PolicyWorld loaded(Draw& draw) {
+  PolicyWorld world;
+  world.state.version = 3;
+  for (int e = 0; e < 6; ++e) {
+    const EngineId id = world.engine(5000 + draw.below(60000), 4 + draw.below(20));
+    Engine& engine = world.state.engines[id];
+    if (draw.below(8) == 0) engine.version = 2;
+    if (draw.below(8) == 0) engine.phase = EnginePhase::kLeaving;
+    const auto count = 1 + draw.below(6);
+    for (int i = 0; i < count; ++i) {
+      world.run(world.sample(world.group(1), 0), id, draw.below(6000));
+    }
+  }
+  return world;
+}
+
+}  // namespace
+
+TEST_CASE("placement: an engine that serves the newest version and has room, by each policy") {
+  Draw draw(31);
+  int placed = 0, refused = 0;
+  for (int round = 0; round < 500; ++round) {
+    PolicyWorld world = loaded(draw);
+    const Predictor predictor;
+    const Slot slot = world.sample(world.group(1, 100 + draw.below(20000)), 0);
+    for (const Placement policy : {Placement::kGroupRoundRobin, Placement::kLeastLoaded,
+                                   Placement::kKvAware, Placement::kSticky}) {
+      world.state.config.placement = policy;
+      const EngineId id = place(world.state, predictor, slot);
+      if (id == kNoEngine) {
+        ++refused;
+        continue;
+      }
+      ++placed;
+      const Engine& engine = world.state.engines[id];
+      CHECK(engine.phase == EnginePhase::kServing);
+      CHECK(engine.version == 3);
+      CHECK(has_room(world.state, predictor, engine, slot));
+    }
+  }
+  CHECK(placed > 100);
+  CHECK(refused > 100);
+}
+
+TEST_CASE("placement: group round-robin sends a group to one engine, groups in turn") {
+  PolicyWorld world;
+  world.state.config.placement = Placement::kGroupRoundRobin;
+  for (int e = 0; e < 3; ++e) world.engine();
+  for (int g = 0; g < 7; ++g) {
+    const Slot group = world.group(4);
+    for (const Slot slot : world.state.groups[group].trajectories) {
+      const EngineId id = place(world.state, Predictor(), slot);
+      CHECK(id == static_cast<EngineId>(g % 3));
+      world.run(slot, id);
+    }
+  }
+  world.state.engines[1].phase = EnginePhase::kGone;
+  CHECK(place(world.state, Predictor(), world.sample(world.group(1), 0)) == 2);  // 7 of {0, 2}
+}
+
+TEST_CASE("placement: least loaded and KV-aware against a scan of what they say") {
+  Draw draw(32);
+  for (int round = 0; round < 500; ++round) {
+    PolicyWorld world = loaded(draw);
+    const Predictor predictor;
+    const Slot slot = world.sample(world.group(1, 100 + draw.below(9000)), 0);
+    world.state.config.placement = Placement::kLeastLoaded;
+    EngineId id = place(world.state, predictor, slot);
+    for (const Engine& engine : world.state.engines) {
+      if (!serves(world.state, engine)) continue;
+      if (!has_room(world.state, predictor, engine, slot)) continue;
+      REQUIRE(id != kNoEngine);
+      CHECK(world.state.engines[id].sequences <= engine.sequences);
+    }
+    world.state.config.placement = Placement::kKvAware;
+    id = place(world.state, predictor, slot);
+    for (const Engine& engine : world.state.engines) {
+      if (id == kNoEngine || !serves(world.state, engine)) continue;
+      if (engine.sequences >= engine.max_sequences) continue;
+      CHECK(step_time(world.state.config, world.state.engines[id]) <=
+            step_time(world.state.config, engine));
+    }
+  }
+}
+
+TEST_CASE("placement: sticky goes back, KV-aware goes where it is faster") {
+  PolicyWorld world;
+  const Predictor predictor;
+  world.engine();
+  world.engine();
+  world.run(world.sample(world.group(1), 0), 0, 4000);
+  const Slot slot = world.sample(world.group(1), 0);
+  world.state.trajectories[slot].tokens = 500;
+  world.state.trajectories[slot].engine = 0;
+  CHECK(place(world.state, predictor, slot) == 1);
+  world.state.config.placement = Placement::kSticky;
+  CHECK(place(world.state, predictor, slot) == 0);
+  world.state.engines[0].max_sequences = 1;
+  CHECK(place(world.state, predictor, slot) == 1);  // it blocks nothing that waits behind it
+  world.state.engines[0].phase = EnginePhase::kGone;
+  CHECK(place(world.state, predictor, slot) == 1);
+}
+
+TEST_CASE("placement: a move only where the model says that it gains more than it costs") {
+  Draw draw(33);
+  int moved = 0;
+  for (int round = 0; round < 500; ++round) {
+    PolicyWorld world;
+    world.state.config.prefill_cost = round % 2 == 0 ? 20 : 2000;
+    const Predictor predictor;
+    for (int e = 0; e < 4; ++e) {
+      world.engine();
+      const auto count = draw.below(8);
+      for (int i = 0; i < count; ++i) {
+        world.run(world.sample(world.group(1), 0), static_cast<EngineId>(e), draw.below(6000));
+      }
+    }
+    for (const Slot slot : moves(world.state, predictor)) {
+      ++moved;
+      const Config& config = world.state.config;
+      const Trajectory& trajectory = world.state.trajectories[slot];
+      REQUIRE(trajectory.phase == Phase::kRunning);
+      const auto context = static_cast<double>(world.state.context(slot));
+      // It would run on the lightest engine, beside what is there.
+      double there = 1e300;
+      for (const Engine& engine : world.state.engines) {
+        there = std::min(there, step_time(config, engine));
+      }
+      there += config.sequence_cost + config.kv_cost * context;
+      const double here = step_time(config, world.state.engines[trajectory.engine]);
+      CHECK(predictor.rest(world.state, slot) * (here - there) > config.prefill_cost * context);
+    }
+  }
+  CHECK(moved > 50);
+}
+
+TEST_CASE("placement: nothing is moved to and fro") {
+  Draw draw(34);
+  for (int round = 0; round < 50; ++round) {
+    PolicyWorld world;
+    const Predictor predictor;
+    for (int e = 0; e < 4; ++e) world.engine();
+    for (int i = 0; i < 24; ++i) {
+      world.run(world.sample(world.group(1), 0), 0, draw.below(6000));
+    }
+    int count = 0;
+    for (auto wave = moves(world.state, predictor); !wave.empty() && count < 1000;
+         wave = moves(world.state, predictor)) {
+      for (const Slot slot : wave) {
+        Engine& from = world.state.engines[world.state.trajectories[slot].engine];
+        from.leases.erase(std::find(from.leases.begin(), from.leases.end(), slot));
+        from.sequences -= 1;
+        from.kv_tokens -= world.state.context(slot);
+        const EngineId to = place(world.state, predictor, slot);
+        REQUIRE(to != kNoEngine);
+        CHECK(to != from.id);
+        world.run(slot, to, world.state.trajectories[slot].tokens);
+        ++count;
+      }
+    }
+    CHECK(count >= 12);
+    CHECK(count <= 24);  // nothing needs to move twice
+    for (const Engine& engine : world.state.engines) CHECK(engine.sequences >= 3);
+  }
+}
+
+TEST_CASE("placement: policies that move nothing, and nothing that pauses, move nothing") {
+  PolicyWorld world;
+  const Predictor predictor;
+  world.engine();
+  world.engine();
+  for (int i = 0; i < 8; ++i) world.run(world.sample(world.group(1), 0), 0, 1000);
+  CHECK_FALSE(moves(world.state, predictor).empty());
+  for (const Placement policy :
+       {Placement::kGroupRoundRobin, Placement::kLeastLoaded, Placement::kSticky}) {
+    world.state.config.placement = policy;
+    CHECK(moves(world.state, predictor).empty());
+  }
+  world.state.config.placement = Placement::kKvAware;
+  world.state.trajectories[0].phase = Phase::kPausing;
+  CHECK(moves(world.state, predictor).empty());
+}

@@ -1,0 +1,126 @@
+#include "rollout/queue.h"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "policy_world.h"
+
+using namespace kimisys::rollout;
+
+namespace {
+
+std::vector<Slot> drain(const State& state, Queue& queue) {
+  std::vector<Slot> order;
+  while (queue.size() > 0) {
+    order.push_back(queue.front(state));
+    queue.erase(order.back());
+  }
+  CHECK(queue.front(state) == kNoSlot);
+  CHECK(queue.begun() == 0);
+  return order;
+}
+
+Predictor correlated(PolicyWorld& world) {
+  Draw draw(11);
+  Predictor predictor;
+  for (int g = 0; g < 100; ++g) {
+    const Slot group = world.group(4);
+    const std::int64_t base = 200 + draw.below(8000);
+    for (std::uint32_t s = 0; s < 4; ++s) {
+      world.finish(world.sample(group, s), base + draw.below(100));
+      predictor.finished(world.state, world.sample(group, s));
+    }
+  }
+  return predictor;
+}
+
+}  // namespace
+
+TEST_CASE("queue: every order is a sort, after random pushes, erasures and siblings' ends") {
+  for (const Order order : {Order::kFifo, Order::kLongestFirst, Order::kProbeFirst}) {
+    PolicyWorld world;
+    world.state.config.order = order;
+    const Predictor predictor = correlated(world);
+    Draw draw(12);
+    Queue queue;
+    std::vector<Slot> inside;
+    for (int g = 0; g < 50; ++g) {
+      const Slot group = world.group(4);
+      for (const Slot slot : world.state.groups[group].trajectories) {
+        if (draw.below(3) == 0) world.state.trajectories[slot].tokens = draw.below(5000);
+      }
+      for (const Slot slot : world.state.groups[group].trajectories) {
+        queue.push(world.state, predictor, slot);
+        queue.push(world.state, predictor, slot);  // is in already
+        inside.push_back(slot);
+      }
+      if (draw.below(2) == 0) {
+        const auto gone =
+            static_cast<std::size_t>(draw.below(static_cast<std::int64_t>(inside.size())));
+        queue.erase(inside[gone]);
+        if (draw.below(2) == 0) {
+          world.finish(inside[gone], 1 + draw.below(20000));
+          queue.reorder(world.state, predictor, world.state.trajectories[inside[gone]].group);
+        }
+        inside.erase(inside.begin() + static_cast<std::ptrdiff_t>(gone));
+      }
+    }
+    CHECK(queue.size() == inside.size());
+    const auto begun = [&](Slot slot) { return world.state.trajectories[slot].tokens > 0; };
+    CHECK(queue.begun() ==
+          static_cast<std::size_t>(std::count_if(inside.begin(), inside.end(), begun)));
+    const auto key = [&](Slot slot) {
+      const Trajectory& trajectory = world.state.trajectories[slot];
+      const bool probe =
+          order == Order::kProbeFirst && trajectory.sample == 0 && trajectory.tokens == 0;
+      const bool ranked = order != Order::kFifo && !probe;
+      return std::make_tuple(trajectory.tokens > 0 ? 0
+                             : probe               ? 1
+                                                   : 2,
+                             ranked ? -predictor.rest(world.state, slot) : 0.0,
+                             world.state.group_of(slot).number, trajectory.sample);
+    };
+    std::sort(inside.begin(), inside.end(),
+              [&](Slot left, Slot right) { return key(left) < key(right); });
+    CHECK(drain(world.state, queue) == inside);
+  }
+}
+
+TEST_CASE("queue: probes first; a probe's end sends its siblings to where they belong") {
+  PolicyWorld world;
+  const Predictor predictor = correlated(world);
+  Queue queue;
+  std::vector<Slot> groups;
+  for (int g = 0; g < 3; ++g) {
+    groups.push_back(world.group(2));
+    for (const Slot slot : world.state.groups[groups.back()].trajectories) {
+      queue.push(world.state, predictor, slot);
+    }
+  }
+  for (const Slot group : groups) {
+    const Slot probe = world.sample(group, 0);
+    CHECK(queue.front(world.state) == probe);
+    queue.erase(probe);
+  }
+  world.finish(world.sample(groups[0], 0), 300);
+  world.finish(world.sample(groups[1], 0), 2000);
+  world.finish(world.sample(groups[2], 0), 8000);
+  for (const Slot group : groups) queue.reorder(world.state, predictor, group);
+  CHECK(drain(world.state, queue) == std::vector<Slot>{world.sample(groups[2], 1),
+                                                       world.sample(groups[1], 1),
+                                                       world.sample(groups[0], 1)});
+}
+
+TEST_CASE("queue: an erasure of what is not in does nothing") {
+  PolicyWorld world;
+  Queue queue;
+  const Slot slot = world.sample(world.group(1), 0);
+  queue.erase(slot);
+  queue.push(world.state, Predictor(), slot);
+  queue.erase(slot);
+  queue.erase(slot);
+  CHECK(queue.size() == 0);
+}
