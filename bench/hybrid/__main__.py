@@ -41,9 +41,10 @@ class HybridConfig:
     @property
     def options(self) -> list[str]:
         """Of both sides."""
-        fixed = "--engines 2 --pin-engines --samples 8 --sft.steps 0 --curriculum 0".split()
-        sizes = ["--steps", str(self.steps), "--prompts", str(self.prompts), "--held-out", "256"]
-        return [*fixed, *sizes, "--length-reward", "0", *self.train]
+        sizes = {"steps": self.steps, "prompts": self.prompts, "samples": 8, "held-out": 256}
+        off = {"sft.steps": 0, "curriculum": 0, "length-reward": 0}
+        numbers = [f"--{name}={value}" for name, value in (sizes | off).items()]
+        return ["--engines=2", "--pin-engines", *numbers, *self.train]
 
 
 def main(

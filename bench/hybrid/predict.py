@@ -1,5 +1,5 @@
-"""What the simulator says of a run: engines and training calibrated on one run, lengths those of the
-run that is predicted, decisions by the scheduler that took them in it."""
+"""What the simulator says of a run: engines and training calibrated on one run, lengths those of
+the run that is predicted, decisions by the scheduler that took them in it."""
 
 from __future__ import annotations
 

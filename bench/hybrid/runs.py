@@ -23,8 +23,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run. seconds: of its RL steps. tokens: trained in them. rollout_seconds: of `seconds`, those
-    from asking for a batch to having it. pass_rate: on the held-out problems, after."""
+    """A run. seconds: of its RL steps. tokens: trained in them. rollout_seconds: of `seconds`,
+    those from asking for a batch to having it. pass_rate: on the held-out problems, after."""
 
     side: str
     seed: int
@@ -60,7 +60,7 @@ def run(side: Side, seed: int, model: Path, folder: Path, options: Sequence[str]
 
 
 def read(side: str, seed: int, out: Path, warm_steps: int = 1) -> Measured:
-    """What a run's files say; its first `warm_steps` steps, which pay for first use, do not count."""
+    """What a run's files say; its first `warm_steps` steps pay for first use and do not count."""
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     if summary["status"] != "completed":

@@ -3,8 +3,8 @@
     kimisys train --task bench/hybrid/task.py:task
 
 A prompt names a number beside its sum, `58+76,004=`; the completion counts down from it before it
-adds column by column: `004,003,002,001,8+6=14,5+7=12+1=13#134`. Counting down is learned at once, so
-completions are about as long as the numbers make them: the logarithm of a completion's length is
+adds column by column: `004,003,002,001,8+6=14,5+7=12+1=13#134`. Counting down is learned at once,
+so completions are about as long as the numbers make them: the logarithm of a completion's length is
 normal with standard deviation 1 around log MEDIAN, cut below by the addition itself and above by
 LONGEST. All samples of a prompt are about equally long. Whether the sum is right does not depend on
 the length, and the demonstrations forget carries, as those of the reference task do: RL has to
