@@ -25,7 +25,10 @@ using namespace rollout;  // NOLINT: a binding file names nearly all of it
 using Numbers = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
 // A length of 2.5 is refused, not cut. An empty list has no kind that tells.
-std::vector<std::int64_t> numbers(const char* field, const py::array& given) {
+std::vector<std::int64_t> numbers(const char* field, const py::object& sequence) {
+  const py::array given = py::array::ensure(sequence);
+  KIMISYS_CHECK(given, ErrorCode::kScheduler, "lots: ", field, " is ",
+                py::repr(py::type::of(sequence)).cast<std::string>(), "; give an array");
   const char kind = given.dtype().kind();
   KIMISYS_CHECK(kind == 'i' || kind == 'u' || given.size() == 0, ErrorCode::kScheduler,
                 "lots: ", field, " are of dtype ", py::str(given.dtype()).cast<std::string>(),
@@ -156,7 +159,7 @@ void bind_lots(py::module_& rollout) {
       "would end them; longer ones are cut at `limit`. The arrays are copied. SchedulerError for "
       "numbers that are no integers.",
       py::is_final())
-      .def(py::init([](const py::array& prompt_tokens, const py::array& lengths,
+      .def(py::init([](const py::object& prompt_tokens, const py::object& lengths,
                        std::int64_t samples, std::int64_t limit) {
              return Lots{numbers("prompt_tokens", prompt_tokens), numbers("lengths", lengths),
                          samples, limit};
@@ -279,7 +282,7 @@ void bind_simulate(py::module_& rollout) {
   rollout.def("offline", &offline, py::arg("simulation"), py::arg("lots"), py::arg("evaluations"),
               py::arg("seed") = 0, py::call_guard<py::gil_scoped_release>(),
               "The best schedules found with all lengths known, for whole iterations, by local\n"
-              "search that times at most `evaluations` engine lists for each. Outages are not\n"
+              "search that times about `evaluations` engine lists for each. Outages are not\n"
               "looked at. SchedulerError as bounds.");
 }
 

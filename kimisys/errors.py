@@ -26,6 +26,11 @@ class CheckpointError(KimisysError):
     """A checkpoint folder is incomplete, truncated or inconsistent; the message names the file."""
 
 
+class WorkloadError(KimisysError):
+    """Lengths of rollouts that cannot be: of a file (the message names its line) or as described
+    by parameters."""
+
+
 __all__ = [
     "BufferMismatchError",
     "CheckpointError",
@@ -39,4 +44,5 @@ __all__ = [
     "SnapshotError",
     "TraceError",
     "VersionError",
+    "WorkloadError",
 ]

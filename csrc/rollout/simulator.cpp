@@ -15,6 +15,11 @@ World::World(const Simulation& simulation, const Lots& lots, bool spans)
   for (const EngineModel& model : simulation.engines) {
     places_.push_back({SimulatedEngine(model, ticks_of(simulation.report_interval))});
   }
+  if (!simulation.oracle) return;
+  scheduler_.reveal([this](GroupId group, std::uint32_t sample) {
+    const auto index = group * static_cast<GroupId>(lots_.samples) + sample;
+    return std::min(lots_.lengths[static_cast<std::size_t>(index)], lots_.limit);
+  });
 }
 
 Event World::event(EventKind kind) const {

@@ -1,4 +1,5 @@
-"""The command line: `kimisys train`, `sft`, `eval`, `generate`, `export`, `report`, `plan`."""
+"""The command line: `kimisys train`, `sft`, `eval`, `generate`, `export`, `report`, `plan`,
+`simulate`."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ from kimisys.trainer.run_folder import (
     saved_config,
 )
 from kimisys.trainer.serve_config import EvalConfig, ExportConfig, GenerateConfig
+from kimisys.trainer.simulate_config import SimulateConfig
 
 _CONFIGS: dict[str, type[RunConfig]] = {"train": TrainConfig, "sft": RunConfig}
 
@@ -98,6 +100,18 @@ def _other_commands(console: Console) -> dict[str, Any]:
 
         console.print(str(write_report(folder)), highlight=False, soft_wrap=True)
 
+    return {
+        "eval": evaluate,
+        "generate": generate,
+        "export": export,
+        "report": report,
+        **_studies(console),
+    }
+
+
+def _studies(console: Console) -> dict[str, Any]:
+    """The commands that start no process and need no GPU."""
+
     def plan(config: Annotated[PlanConfig, Flat]) -> None:
         """Plan a weight sync from configurations alone (no weights, no GPU), for example: kimisys
         plan --model kimi-k2 --train tp=8,pp=8,ep=32,etp=1,first=7,last=6 --infer tp=16,dp=8,ep=on
@@ -110,13 +124,23 @@ def _other_commands(console: Console) -> dict[str, Any]:
 
         run(config, console)
 
-    return {
-        "eval": evaluate,
-        "generate": generate,
-        "export": export,
-        "report": report,
-        "plan": plan,
-    }
+    def simulate(config: Annotated[SimulateConfig, Flat] = SimulateConfig()) -> None:  # noqa: B008
+        """Compare rollout policies on simulated engines, with the scheduler that runs in
+        production; the policy never sees a length before it happens.
+
+        How much would partial rollouts give me? kimisys simulate --engines 16 --plot gantt.png
+
+        What would other policies have given my run? kimisys simulate --trace
+        RUN/rollouts/groups.jsonl
+
+        Can I trust it? kimisys simulate --calibrate RUN; kimisys simulate --replay RUN
+        """
+        config.check()
+        from kimisys.trainer.simulate_command import execute
+
+        execute(config, console)
+
+    return {"plan": plan, "simulate": simulate}
 
 
 def _run(config: RunConfig, saved: RunConfig | None, console: Console, started: float) -> None:

@@ -235,6 +235,12 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     return _record(read_object(path), kind, str(path))
 
 
+def read_lines(path: Path, kind: type[Record]) -> list[Record]:
+    """Every record of `kind` (a dataclass) in `path`, an object a line, in order. Tolerant and
+    strict like `read_metrics`."""
+    return list(_records(path, kind))
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object that `path` holds. Raises RunFolderError naming `path`."""
     try:

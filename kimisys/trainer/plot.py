@@ -16,6 +16,7 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 
 from kimisys.trainer.metrics import SftMetrics, StepMetrics, Summary
+from kimisys.trainer.rollout_records import Rollouts
 
 PHASES = ("rollout", "score", "train", "sync")
 _MARKED_UP_TO = 40  # steps: beyond that, marks on a line are mush
@@ -31,6 +32,8 @@ class History:
     gap_bound: float | None
     sft: Sequence[SftMetrics] = ()
     """The supervised steps before."""
+    rollouts: Rollouts | None = None
+    """Segments as they ran, if the run has written them down."""
 
     @property
     def numbers(self) -> list[int]:
@@ -43,9 +46,11 @@ class History:
         return [v if v is not None and math.isfinite(v) else math.nan for v in known]
 
     def has(self, name: str) -> bool:
-        """Whether any step knows this metric; "sft": whether there were supervised steps."""
+        """Whether any step knows this metric; "sft", "rollouts": whether there were any."""
         if name == "sft":
             return bool(self.sft)
+        if name == "rollouts":
+            return self.rollouts is not None
         return any(getattr(s, name) is not None for s in self.steps)
 
     def phase_seconds(self) -> dict[str, list[float]]:
@@ -341,7 +346,8 @@ def chart_svg(chart: Chart, history: History) -> str:
         figure = Figure(figsize=(4.3, 2.65), layout="constrained")  # inches of 96 CSS pixels
         _draw(figure.subplots(), chart, history)
         file = BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        # the resolution is of what is drawn as pixels: pictures of thousands of segments
+        figure.savefig(file, format="svg", metadata={"Date": None}, dpi=192)
     return file.getvalue().decode()
 
 

@@ -38,6 +38,8 @@ from kimisys.trainer.plot import (
     chart_svg,
     on_dark,
 )
+from kimisys.trainer.plot_rollouts import ROLLOUTS
+from kimisys.trainer.rollout_records import read_rollouts
 
 Read = TypeVar("Read")
 Else = TypeVar("Else")
@@ -45,6 +47,7 @@ Else = TypeVar("Else")
 _SECTIONS = (
     ("Supervised warm-up", "warm-up", WARM_UP),
     ("Learning", "learning", LEARNING),
+    ("Rollouts", "rollouts", ROLLOUTS),
     ("Length reward and choice of problems", "shaping", SHAPING),
     ("Do trainer and engine agree?", "agreement", AGREEMENT),
     ("Weight syncs by deltas", "deltas", DELTAS),
@@ -132,7 +135,7 @@ def _history(folder: Path, config: dict[str, Any]) -> History:
     steps = _read_if_there(folder / "metrics.jsonl", read_metrics, [])
     bound = summary.logprob_gap_bound if summary else _gap_bound(config)
     sft = _read_if_there(folder / "sft.jsonl", read_sft, [])
-    return History(steps, summary, bound, sft)
+    return History(steps, summary, bound, sft, read_rollouts(folder))
 
 
 def _gap_bound(config: dict[str, Any]) -> float | None:

@@ -111,9 +111,38 @@ def write_lines(path: Path, records: Sequence[StepMetrics | SftMetrics | Sample]
     path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records))
 
 
-def write_run(folder: Path, steps: int = 30, shaped: bool = False) -> Path:
-    """A finished run in `folder`, with two options changed."""
+def write_rollouts(folder: Path, steps: int) -> None:
+    """Segments of two engines with four sequences each: in every step one sample is paused, and
+    goes on in the next."""
     folder.mkdir()
+    segments, groups = [], []
+    for step in range(1, steps + 1):
+        for lane in range(8):
+            tokens = 10 + 7 * lane + step % 5
+            paused = lane == 7 and step < steps
+            segment = {
+                "step": step,
+                "engine": lane % 2,
+                "group": step - (lane == 7 and step > 1),
+                "sample": lane,
+                "start": 3.0 * step,
+                "end": 3.0 * step + tokens / 30,
+                "tokens": tokens,
+                "version": step,
+                "reason": "paused" if paused else "stop",
+            }
+            segments.append(segment)
+        groups.append({"step": step, "group": step, "lengths": [10 + 7 * i for i in range(6)]})
+    for name, lines in (("segments", segments), ("groups", groups)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+def write_run(folder: Path, steps: int = 30, shaped: bool = False) -> Path:
+    """A finished run in `folder`, with two options changed; a `shaped` one has written down its
+    rollouts."""
+    folder.mkdir()
+    if shaped:
+        write_rollouts(folder / "rollouts", steps)
     config = asdict(TrainConfig(learning_rate=1e-4))
     config["sft"]["steps"] = 50
     (folder / "config.json").write_text(json.dumps(config))

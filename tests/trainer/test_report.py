@@ -63,7 +63,7 @@ def test_every_picture_is_there(report: Path, page: Page, width: int, dark: bool
     page.open(report, width, dark)
     assert faults(page) == []
     shaped = "Length reward" in report.read_text()
-    assert page.ask("document.images.length") == (18 if shaped else 11)
+    assert page.ask("document.images.length") == (21 if shaped else 11)
     assert page.ask("getComputedStyle(document.body).backgroundColor") == (
         "rgb(18, 22, 28)" if dark else "rgb(245, 246, 248)"
     )
@@ -218,12 +218,14 @@ def test_a_report_made_anew_is_equal(report: Path) -> None:
         ("summary.json", '{"status": "completed"}', r"summary\.json .*pass_rate_before"),
         ("machine.json", '{"cpu": "x"}', r"machine\.json .*cores"),
         ("samples.jsonl", '{"when": "between"}\n', r"samples\.jsonl, line 1 .*between"),
+        ("rollouts/segments.jsonl", '{"step": 1}\n', r"segments\.jsonl, line 1 .*engine"),
+        ("rollouts/groups.jsonl", '{"step": 1}\n', r"groups\.jsonl, line 1 .*group"),
     ],
 )
 def test_what_cannot_be_read_is_named(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
-    folder = write_run(tmp_path / "run", steps=2)
+    folder = write_run(tmp_path / "run", steps=2, shaped=True)
     if content is None:
         (folder / name).unlink()
     else:

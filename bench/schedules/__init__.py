@@ -1,0 +1,2 @@
+"""How well policies schedule rollouts, simulated: a study with a command of its own, `python -m
+bench.schedules`."""
