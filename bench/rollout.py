@@ -28,8 +28,13 @@ from kimisys._core.rollout import (
 )
 
 LIVE, ENGINES = 100_000, 64
+PLAIN = "plain Python state machine"
 PLAIN_ROUNDS = 3
 NEVER = 2**60  # microseconds
+# What the plain ones do too. A batch of one group is a placeholder: each case says what it wants.
+FIRST_COME = Config(
+    placement="least_loaded", order="fifo", concurrency="fixed", lease_timeout=NEVER, groups=1
+)
 
 
 def _timed(times: list[float], call: Callable[[], object]) -> None:
@@ -39,73 +44,73 @@ def _timed(times: list[float], call: Callable[[], object]) -> None:
     times.append(time.process_time() - start)
 
 
-def scheduling(name: str, config: Config, count: int) -> Case:
-    """`count` events of 100,000 live trajectories. What fills the engines beforehand is untimed."""
-    world = World(config, LIVE, ENGINES)
+def scheduling(name: str, config: Config, live: int, engines: int, count: int) -> Case:
+    """`count` events of `live` trajectories. What fills the engines beforehand is untimed."""
+    world = World(config, live, engines)
     world.fill()
     filled = len(world.records)
     world.words(count)
     before, events = as_events(world.records[:filled]), as_events(world.records, filled)
     calls = [call for _, call in world.records[filled:]]
     schedulers: list[Scheduler] = []
-    answers: list[np.ndarray] = []
+    actions: list[np.ndarray] = []
+    plains: list[PlainScheduler] = []
     times: list[float] = []
 
     def fresh() -> None:
         schedulers[:] = [Scheduler(config)]
         schedulers[0].handle(before)
 
-    def filled_plain() -> PlainScheduler:
-        plain = PlainScheduler(config.token_budget, config.groups)
+    def ours() -> None:
+        actions[:] = [schedulers[0].handle(events)]
+
+    for _ in range(PLAIN_ROUNDS):
+        plains.append(PlainScheduler(config.token_budget, config.groups))
         for _, call in world.records[:filled]:
-            call(plain)
-        plain.answers.clear()
-        return plain
+            call(plains[-1])
+        plains[-1].answers.clear()
+    waiting = list(plains)
 
-    plains = [filled_plain() for _ in range(PLAIN_ROUNDS)]
-    told: list[PlainScheduler] = []
-
-    def tell_plain() -> None:
-        told.append(plains.pop())
+    def plainly() -> None:
+        plain = waiting.pop()
         for call in calls:
-            call(told[-1])
+            call(plain)
+
+    def correct() -> bool:
+        schedulers[0].audit()
+        return schedulers[0].counts().running >= 0.9 * live and len(actions[0]) > 0
 
     def figures() -> dict[str, float]:
-        answered = len(answers[0])
         return {
             "events": len(events),
             "of them, words of running trajectories": float((events["kind"] == 2).sum()),
-            "actions": answered,
+            "actions": len(actions[0]),
             "million events per CPU second (median)": len(events) / statistics.median(times) / 1e6,
         }
 
+    def agree() -> bool:
+        told = [plain.answers for plain in plains if plain not in waiting]
+        return all(same(as_answers(actions[0]), answers) for answers in told)
+
     return Case(
-        f"scheduler, {name}, {len(events):,} events, {LIVE:,} live",
-        lambda: _timed(
-            times, lambda: answers.__setitem__(slice(None), [_handle(schedulers[0], events)])
-        ),
-        {"plain Python state machine": tell_plain},
-        lambda: schedulers[0].counts().running >= 0.9 * LIVE and len(answers[0]) > 0,
+        f"scheduler, {name}, {len(events):,} events, {live:,} live",
+        lambda: _timed(times, ours),
+        {PLAIN: plainly},
+        correct,
         figures=figures,
-        peer_rounds={"plain Python state machine": PLAIN_ROUNDS},
-        agree=lambda: same(as_answers(answers[0]), told[0].answers),
+        peer_rounds={PLAIN: PLAIN_ROUNDS},
+        agree=agree,
         before=fresh,
     )
 
 
-def _handle(scheduler: Scheduler, events: np.ndarray) -> np.ndarray:
-    return scheduler.handle(events)
-
-
 def _schedulers() -> Iterator[Case]:
-    plain = {
-        "placement": "least_loaded",
-        "order": "fifo",
-        "concurrency": "fixed",
-        "lease_timeout": NEVER,
-    }
-    yield scheduling("whole iterations", Config(groups=40_000, **plain), 500_000)
-    yield scheduling("token budget", Config(token_budget=3_000_000, **plain), 500_000)
+    whole, budget = (
+        FIRST_COME.replace(groups=40_000),
+        FIRST_COME.replace(groups=0, token_budget=3_000_000),
+    )
+    yield scheduling("whole iterations", whole, LIVE, ENGINES, 500_000)
+    yield scheduling("token budget", budget, LIVE, ENGINES, 500_000)
 
 
 def detecting(name: str, tokens: np.ndarray, rare: bool) -> Case:
@@ -178,23 +183,24 @@ def simulating(name: str, config: Config, engines: int, lots: Lots, naive: bool)
     def correct() -> bool:
         return int(outcomes[0].tokens.sum()) == int(np.minimum(lots.lengths, lots.limit).sum())
 
-    peer = {"step by step, token by token (Python)": lambda: seconds.append(makespan(models, lots))}
+    def stepwise() -> None:
+        seconds.append(makespan(models, lots))
+
+    peers: dict[str, Callable[[], object]] = {"every token of every step (Python)": stepwise}
     return Case(
         f"simulator, {name}",
         lambda: _timed(times, ours),
-        peer if naive else {},
+        peers if naive else {},
         correct,
         figures=figures,
-        peer_rounds=dict.fromkeys(peer, 3),
+        peer_rounds=dict.fromkeys(peers, 3),
         agree=lambda: all(each == outcomes[0].seconds for each in seconds),
     )
 
 
 def _simulators() -> Iterator[Case]:
     small, large = _lots(64, 200), _lots(1000, 4000)
-    plain = Config(
-        placement="least_loaded", order="fifo", concurrency="fixed", groups=64, lease_timeout=NEVER
-    )
+    plain = FIRST_COME.replace(groups=64)
     yield simulating("64 groups of 8, about 300 tokens each, 8 engines", plain, 8, small, True)
     yield simulating(
         "1,000 groups of 8, about 6,600 tokens each, 64 engines",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -78,7 +79,7 @@ def _size(ids: dict[tuple[str, str], list], kind: str) -> str:
     return f"{kind}: {len(ids[kind, 'bpe'])} documents, {tokens['bpe']:,} BPE tokens"
 
 
-def _table(title: str, encodings: dict[str, object]) -> Table:
+def _table(title: str, encodings: Iterable[str]) -> Table:
     table = Table(box=None, title=f"{title}: {', '.join(encodings)}", title_justify="left")
     for name in ("min_tokens", "min_repeats", "agreement", *KINDS):
         table.add_column(name, justify="right")

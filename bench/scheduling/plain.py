@@ -26,8 +26,8 @@ class Trajectory:
 
 
 class PlainScheduler:
-    """See the head of this file. budget: output tokens of an iteration, or 0; groups: of a batch
-    then."""
+    """See the head of this file. budget: output tokens of an iteration, or 0: whole ones;
+    groups: most of a batch, or with a budget 0: all."""
 
     def __init__(self, budget: int, groups: int) -> None:
         self.budget, self.groups = budget, groups
@@ -124,7 +124,7 @@ class PlainScheduler:
 
     def _hand_over(self) -> None:
         count = total = 0
-        while self.complete and (self.budget or count < self.groups):
+        while self.complete and (not self.groups or count < self.groups):
             _, group = heappop(self.complete)
             made = self.of_group.pop(group)
             tokens = sum(one.tokens for one in made)
