@@ -32,7 +32,7 @@ class Study:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     tuning: tuple[int, ...] = (101,)
     whole_iterations: int = 3
-    warm_up: int = 4
+    warm_up: int = 8
     iterations: int = 4
     search: int = 20_000
 
