@@ -10,6 +10,11 @@ bool Deadlines::later(const Entry& left, const Entry& right) {
   return left.slot > right.slot;
 }
 
+bool Deadlines::live(const State& state, const Entry& entry) {
+  const Trajectory& trajectory = state.trajectories[entry.slot];
+  return leased(trajectory) && trajectory.epoch == entry.epoch;
+}
+
 std::int64_t Deadlines::of(const State& state, const Trajectory& trajectory) {
   const std::int64_t from =
       trajectory.phase == Phase::kPausing ? trajectory.since : trajectory.heard;
@@ -18,6 +23,12 @@ std::int64_t Deadlines::of(const State& state, const Trajectory& trajectory) {
 
 void Deadlines::add(const State& state, Slot slot) {
   const Trajectory& trajectory = state.trajectories[slot];
+  if (heap_.size() >= full_) {
+    // Dead leases would stay for as long as a lease may be silent.
+    std::erase_if(heap_, [&](const Entry& entry) { return !live(state, entry); });
+    std::make_heap(heap_.begin(), heap_.end(), later);
+    full_ = 2 * heap_.size() + 64;
+  }
   heap_.push_back({of(state, trajectory), slot, trajectory.epoch});
   std::push_heap(heap_.begin(), heap_.end(), later);
 }
@@ -26,10 +37,10 @@ std::int64_t Deadlines::next(const State& state) {
   while (!heap_.empty()) {
     const Entry& first = heap_.front();
     const Trajectory& trajectory = state.trajectories[first.slot];
-    const bool live = leased(trajectory) && trajectory.epoch == first.epoch;
-    if (live && first.deadline == of(state, trajectory)) return first.deadline;
+    const bool lives = live(state, first);
+    if (lives && first.deadline == of(state, trajectory)) return first.deadline;
     std::pop_heap(heap_.begin(), heap_.end(), later);
-    if (!live) {
+    if (!lives) {
       heap_.pop_back();
       continue;
     }

@@ -2,6 +2,7 @@
 // when the lease is heard of, only when its old deadline comes up: words of leases cost nothing.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -32,8 +33,10 @@ class Deadlines {
     std::uint32_t epoch;
   };
   static bool later(const Entry& left, const Entry& right);
+  static bool live(const State& state, const Entry& entry);
 
   std::vector<Entry> heap_;
+  std::size_t full_ = 64;  // entries at which those of dead leases are taken out
 };
 
 }  // namespace kimisys::rollout

@@ -63,16 +63,25 @@ bool yields(const State& state, const Predictor& predictor, Slot running, Slot w
 }
 
 EngineId place(const State& state, const Predictor& predictor, Slot trajectory) {
+  EngineId engine = kNoEngine;
   switch (state.config.placement) {
     case Placement::kGroupRoundRobin:
-      return place_group(state, predictor, trajectory);
+      engine = place_group(state, predictor, trajectory);
+      break;
     case Placement::kLeastLoaded:
-      return place_least_loaded(state, predictor, trajectory);
+      engine = place_least_loaded(state, predictor, trajectory);
+      break;
     case Placement::kKvAware:
     case Placement::kSticky:
+      engine = place_kv(state, predictor, trajectory);
       break;
   }
-  return place_kv(state, predictor, trajectory);
+  if (engine != kNoEngine) return engine;
+  // It may wait for a better engine, but none idles meanwhile.
+  for (const Engine& idle : state.engines) {
+    if (serves(state, idle) && idle.sequences == 0) return idle.id;
+  }
+  return kNoEngine;
 }
 
 }  // namespace kimisys::rollout

@@ -272,20 +272,22 @@ class Dispatch:
 
     def _end(self, lease: Lease, reason: str, count: int) -> None:
         """count: tokens that the scheduler has not been told of."""
-        made = len(self.buffer.output(lease.group, lease.sample)) + lease.made
-        at_limit = reason == "length" and made >= self.buffer.prompt(lease.group).limit
-        self._forget(lease, reason, reason if at_limit or reason in _FINAL else "")
+        self._forget(lease, reason)
         code = EndReason[reason.upper()]
         self._say(EventKind.SEGMENT_ENDED, id=lease.number, tokens=count, reason=code)
 
-    def _forget(self, lease: Lease, reason: str, final: str = "") -> None:
-        """The lease is over; what it made is kept. final: why the trajectory is, if it is."""
-        now, link = clock(), lease.link
+    def _forget(self, lease: Lease, reason: str) -> None:
+        """The lease is over; what it made is kept. A trajectory that has reached its limit is
+        finished, whatever ended the lease: there is nothing left to make."""
+        now, link, group, sample = clock(), lease.link, lease.group, lease.sample
         del self._leases[lease.number]
         link.leases.discard(lease.number)
-        self.buffer.end(lease.group, lease.sample, now / 1e6, final)
+        final = reason if reason in _FINAL else ""
+        if len(self.buffer.output(group, sample)) + lease.made == self.buffer.prompt(group).limit:
+            final = final or "length"
+        self.buffer.end(group, sample, now / 1e6, final)
         ran = lease.start / 1e6, now / 1e6, lease.made, lease.version, reason
-        self.spans.append(Span(link.number, lease.group, lease.sample, *ran))
+        self.spans.append(Span(link.number, group, sample, *ran))
 
     # What the scheduler asks for.
 

@@ -242,6 +242,23 @@ def test_an_engine_that_ends_segments_early_says_so(tmp_path: Path) -> None:
     assert {d.error for d in batches[0].dropped} == {"the engine ended it after 0 of 64 tokens"}
 
 
+@pytest.mark.parametrize("limit", [4, 12])
+def test_all_tokens_came_but_not_the_end(limit: int, tmp_path: Path) -> None:
+    """At its limit a trajectory is finished, though its lease died."""
+
+    def swallows(output: SegmentOutput) -> SegmentOutput:
+        return dataclasses.replace(output, reason="") if output.reason == "length" else output
+
+    async def work(driver: Driver) -> list[Batch]:
+        batches = await iterate(driver, 4)
+        assert any(s.reason == "lost" for s in driver.spans)
+        return batches
+
+    config = Config(groups=6, lease_timeout=10_000)
+    engines = [ToyEngine(), ToyEngine(lies=swallows)]
+    drive(tmp_path, engines, work, config=config, prompts=Prompts(limit=limit))
+
+
 def test_a_call_that_is_not_answered(tmp_path: Path) -> None:
     async def work(driver: Driver) -> list[Batch]:
         return await iterate(driver, 2)

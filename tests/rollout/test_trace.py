@@ -97,7 +97,7 @@ def test_every_cut_is_seen_and_what_is_whole_can_be_had(trace: Path, tmp_path: P
             continue
         cut.write_bytes(data[:size])
         if size < ends[0]:
-            with pytest.raises(SchedulerError, match="header|begin with"):
+            with pytest.raises(SchedulerError, match=r"header|begin with"):
                 read_trace(cut, partial=True)
             continue
         if size not in ends:
