@@ -9,8 +9,10 @@
 namespace kimisys::rollout {
 namespace {
 
-// Tokens of each sequence that an engine may make before the scheduler hears of them.
-constexpr double kUnheard = 16;
+// Tokens of each sequence that an engine may make before the scheduler hears of them, and the most
+// of its cache that is kept for them.
+constexpr double kUnheard = 64;
+constexpr double kMostUnheard = 0.02;
 // Moments at which the growth is looked at, in units of the mean rest.
 constexpr std::array<double, 5> kMoments = {0.125, 0.25, 0.5, 1, 2};
 
@@ -19,6 +21,12 @@ constexpr std::array<double, 5> kMoments = {0.125, 0.25, 0.5, 1, 2};
 double alive(double time, double rest) {
   const double x = time / rest;
   return 1 / (1 + x + x * x / 2);
+}
+
+// What may be held before the cache is in danger.
+double safe(const Engine& engine, double sequences) {
+  const auto capacity = static_cast<double>(engine.kv_capacity);
+  return capacity - std::min(kUnheard * sequences, kMostUnheard * capacity);
 }
 
 }  // namespace
@@ -70,9 +78,10 @@ bool has_room(const State& state, const Predictor& predictor, const Engine& engi
 std::vector<Slot> overflow(const State& state, const Predictor& predictor, const Engine& engine) {
   std::vector<Slot> paused;
   if (state.config.concurrency == Concurrency::kFixed) return paused;
-  const auto capacity = static_cast<double>(engine.kv_capacity);
-  const double unheard = kUnheard * static_cast<double>(engine.sequences);
-  if (static_cast<double>(engine.kv_tokens) + unheard <= capacity) return paused;
+  if (static_cast<double>(engine.kv_tokens) <=
+      safe(engine, static_cast<double>(engine.sequences))) {
+    return paused;
+  }
   // The shortest are the cheapest to compute again, those that may end soonest can wait longest.
   // The last one stays: elsewhere it would not fit better.
   std::vector<std::pair<double, Slot>> running;
@@ -87,7 +96,7 @@ std::vector<Slot> overflow(const State& state, const Predictor& predictor, const
   std::sort(running.begin(), running.end());
   auto left = static_cast<double>(running.size());
   for (const auto& [order, slot] : running) {
-    if (left <= 1 || tokens + kUnheard * left <= capacity) break;
+    if (left <= 1 || tokens <= safe(engine, left)) break;
     paused.push_back(slot);
     tokens -= static_cast<double>(state.context(slot));
     left -= 1;

@@ -70,7 +70,7 @@ struct Config {
   double step_cost = 4000.0;
   double sequence_cost = 60.0;
   double kv_cost = 0.02;
-  double kv_headroom = 0.95;  // the share of an engine's KV cache that is planned with
+  double kv_headroom = 0.97;  // the share of an engine's KV cache that is planned with
 
   friend bool operator==(const Config&, const Config&) = default;
 };

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "policy_world.h"
+#include "rollout/queue.h"
 
 using namespace kimisys::rollout;
 
@@ -48,12 +49,13 @@ TEST_CASE("concurrency: the peak against sequences that end at random, step by s
       double context, rest;
     };
     std::vector<Sequence> sequences;
-    for (const Slot slot : world.state.engines[id].leases) {
-      sequences.push_back(
-          {static_cast<double>(world.state.context(slot)), predictor.rest(world.state, slot)});
-    }
-    sequences.push_back(
-        {static_cast<double>(world.state.context(more)), predictor.rest(world.state, more)});
+    const auto add = [&](Slot slot) {
+      // Growth is followed as far as a typical length.
+      sequences.push_back({static_cast<double>(world.state.context(slot)),
+                           std::min(predictor.rest(world.state, slot), predictor.typical())});
+    };
+    for (const Slot slot : world.state.engines[id].leases) add(slot);
+    add(more);
     // Each ends at a rate of one over its rest: the sum's expectation, at every step.
     double highest = 0;
     for (int time = 0; time < 32768; ++time) {
@@ -78,20 +80,29 @@ TEST_CASE("concurrency: the peak against sequences that end at random, step by s
 TEST_CASE("concurrency: growth counts, not only what is held now") {
   PolicyWorld world;
   const Predictor predictor;
-  const EngineId id = world.engine(4000);
-  world.run(world.sample(world.group(1, 100, 30000), 0), id, 1500);
-  // The first is expected to become long; one that is short does not hinder.
-  CHECK_FALSE(has_room(world.state, predictor, world.state.engines[id],
-                       world.sample(world.group(1, 1000, 30000), 0)));
-  CHECK(peak(world.state, predictor, world.state.engines[id], kNoSlot) > 1600);
+  const EngineId id = world.engine(3000);
+  const Slot group = world.group(21, 10);
+  for (std::uint32_t s = 0; s < 20; ++s) world.run(world.sample(group, s), id);
+  const Engine& engine = world.state.engines[id];
+  // 210 of 3,000 would be held at once, but the 21 are all expected to grow together.
+  CHECK_FALSE(has_room(world.state, predictor, engine, world.sample(group, 20)));
+  CHECK(peak(world.state, predictor, engine, kNoSlot) > 3000);
+  for (Trajectory& trajectory : world.state.trajectories) trajectory.limit = 20;
+  CHECK(has_room(world.state, predictor, engine, world.sample(group, 20)));
   CHECK(peak(world.state, predictor, Engine{}, kNoSlot) == 0);
 }
 
-TEST_CASE("concurrency: an overflow pauses the shortest, and as few as suffice") {
+TEST_CASE(
+    "concurrency: an overflow pauses as few as suffice: the shortest, or the soonest to end") {
   Draw draw(22);
   for (int round = 0; round < 200; ++round) {
     PolicyWorld world;
     const Predictor predictor;
+    world.state.config.token_budget = round % 2 == 0 ? 1 << 20 : 0;
+    const auto rank = [&](Slot slot) {
+      return by_potential(world.state.config) ? predictor.potential(world.state, slot)
+                                              : static_cast<double>(world.state.context(slot));
+    };
     const EngineId id = world.engine(10000 + draw.below(30000));
     const auto count = 1 + draw.below(30);
     for (int i = 0; i < count; ++i) {
@@ -99,19 +110,22 @@ TEST_CASE("concurrency: an overflow pauses the shortest, and as few as suffice")
     }
     const Engine& engine = world.state.engines[id];
     const std::vector<Slot> paused = overflow(world.state, predictor, engine);
-    auto held = static_cast<double>(engine.kv_tokens + 16 * engine.sequences);
+    auto held = static_cast<double>(engine.kv_tokens);
+    auto left = static_cast<double>(engine.sequences);
     const auto capacity = static_cast<double>(engine.kv_capacity);
-    std::int64_t longest = 0;
+    const auto safe = [&] { return capacity - std::min(64 * left, 0.02 * capacity); };
+    double longest = 0;
     for (std::size_t i = 0; i < paused.size(); ++i) {
-      CHECK(held > capacity);  // each was needed
-      held -= static_cast<double>(world.state.context(paused[i]) + 16);
-      longest = std::max(longest, world.state.context(paused[i]));
+      CHECK(held > safe());  // each was needed
+      held -= static_cast<double>(world.state.context(paused[i]));
+      left -= 1;
+      longest = std::max(longest, rank(paused[i]));
     }
     const bool last = paused.size() + 1 == engine.leases.size();
-    CHECK((held <= capacity || last));
+    CHECK((held <= safe() || last));
     for (const Slot slot : engine.leases) {
       if (std::find(paused.begin(), paused.end(), slot) != paused.end()) continue;
-      CHECK(world.state.context(slot) >= longest);
+      CHECK(rank(slot) >= longest);
     }
     // Once asked to pause they are not asked again.
     for (const Slot slot : paused) world.state.trajectories[slot].phase = Phase::kPausing;

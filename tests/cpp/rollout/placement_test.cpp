@@ -195,3 +195,63 @@ TEST_CASE("placement: policies that move nothing, and nothing that pauses, move 
   world.state.trajectories[0].phase = Phase::kPausing;
   CHECK(moves(world.state, predictor).empty());
 }
+
+TEST_CASE("placement: an engine that takes a version is waited for, where it suits best") {
+  for (const Placement policy :
+       {Placement::kGroupRoundRobin, Placement::kLeastLoaded, Placement::kKvAware}) {
+    PolicyWorld world;
+    world.state.config.placement = policy;
+    const Predictor predictor;
+    for (int e = 0; e < 2; ++e) world.engine();
+    world.state.engines[0].phase = EnginePhase::kUpdating;
+    const Slot slot = world.sample(world.group(1), 0);  // group 0: engine 0, in turn
+    // An idle one is not left to idle.
+    CHECK(place(world.state, predictor, slot) == 1);
+    world.run(world.sample(world.group(1), 0), 1);
+    CHECK(place(world.state, predictor, slot) == kNoEngine);
+    world.state.engines[0].phase = EnginePhase::kServing;
+    CHECK(place(world.state, predictor, slot) == 0);
+    // One that must drain first may take long.
+    world.run(world.sample(world.group(1), 0), 0);
+    world.state.engines[0].phase = EnginePhase::kUpdating;
+    CHECK(place(world.state, predictor, slot) == 1);
+  }
+}
+
+TEST_CASE("placement: what may yet take longer is yielded to, after a quantum") {
+  PolicyWorld world;
+  const Predictor predictor;
+  const EngineId id = world.engine();
+  const Slot running = world.sample(world.group(1), 0);
+  const Slot fresh = world.sample(world.group(1), 0);
+  Trajectory& trajectory = world.state.trajectories[running];
+  world.run(running, id, 4000);
+  CHECK_FALSE(yields(world.state, predictor, running, fresh));  // 4,096 are an eighth of its limit
+  trajectory.tokens = 5000;
+  REQUIRE(predictor.potential(world.state, running) < predictor.potential(world.state, fresh));
+  CHECK(yields(world.state, predictor, running, fresh));
+  CHECK_FALSE(yields(world.state, predictor, running, kNoSlot));
+  // Not to what is sure to end sooner.
+  world.state.trajectories[fresh].limit = 100;
+  CHECK_FALSE(yields(world.state, predictor, running, fresh));
+  world.state.trajectories[fresh].limit = 32768;
+  // Continued, it runs for as long again as before.
+  trajectory.segment_start = 5000;
+  trajectory.tokens = 9990;
+  CHECK_FALSE(yields(world.state, predictor, running, fresh));
+  trajectory.tokens = 10000;
+  CHECK(yields(world.state, predictor, running, fresh));
+  // Only where all must finish, and by this order.
+  for (const int field : {0, 1, 2, 3}) {
+    Config config;
+    if (field == 0) config.token_budget = 1000;
+    if (field == 1) config.over_issue = 1.5;
+    if (field == 2) config.order = Order::kFifo;
+    if (field == 3) config.live_limit = 10;
+    world.state.config = config;
+    CHECK_FALSE(yields(world.state, predictor, running, fresh));
+  }
+  world.state.config = Config();
+  trajectory.phase = Phase::kPausing;
+  CHECK_FALSE(yields(world.state, predictor, running, fresh));
+}

@@ -222,3 +222,26 @@ TEST_CASE("predict: an oracle that was revealed is believed") {
   CHECK(predictor.rest(world.state, world.sample(group, 0)) == 400);
   CHECK(predictor.rest(world.state, world.sample(group, 1)) == 1000);  // its limit
 }
+
+TEST_CASE("predict: the potential is what one of a thousand exceeds") {
+  PolicyWorld world;
+  Draw draw(9);
+  const Predictor predictor = taught(world, draw, 400, 8, 0);
+  const Slot asked = world.sample(world.group(1, 100, 1 << 30), 0);
+  int above = 0;
+  for (int i = 0; i < 100000; ++i) {
+    above +=
+        static_cast<double>(lognormal(draw, 2000, 1)) > predictor.potential(world.state, asked);
+  }
+  CHECK(above > 30);
+  CHECK(above < 400);
+  CHECK(predictor.typical() == doctest::Approx(2000).epsilon(0.1));
+  // It falls by every token that is made, and near its end it is believed to double.
+  const double whole = predictor.potential(world.state, asked);
+  world.state.trajectories[asked].tokens = 1000;
+  CHECK(predictor.potential(world.state, asked) == doctest::Approx(whole - 1000));
+  world.state.trajectories[asked].tokens = 1000000;
+  CHECK(predictor.potential(world.state, asked) == 1000000);
+  world.state.trajectories[asked].limit = 1000100;
+  CHECK(predictor.potential(world.state, asked) == 100);
+}

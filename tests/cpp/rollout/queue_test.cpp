@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -40,15 +41,21 @@ Predictor correlated(PolicyWorld& world) {
 }  // namespace
 
 TEST_CASE("queue: every order is a sort, after random pushes, erasures and siblings' ends") {
-  for (const Order order : {Order::kFifo, Order::kLongestFirst, Order::kProbeFirst}) {
+  for (int round = 0; round < 6; ++round) {
+    const std::array orders = {Order::kFifo, Order::kLongestFirst, Order::kProbeFirst};
+    const Order order = orders[static_cast<std::size_t>(round % 3)];
     PolicyWorld world;
     world.state.config.order = order;
+    world.state.config.token_budget = round < 3 ? 0 : 100000;
+    const bool potential = round < 3 && order == Order::kProbeFirst;
+    CHECK(by_potential(world.state.config) == potential);
     const Predictor predictor = correlated(world);
     Draw draw(12);
     Queue queue;
     std::vector<Slot> inside;
     for (int g = 0; g < 50; ++g) {
       const Slot group = world.group(4);
+      world.state.groups[group].round = potential ? 0 : g / 20;
       for (const Slot slot : world.state.groups[group].trajectories) {
         if (draw.below(3) == 0) world.state.trajectories[slot].tokens = draw.below(5000);
       }
@@ -77,11 +84,13 @@ TEST_CASE("queue: every order is a sort, after random pushes, erasures and sibli
       const bool probe =
           order == Order::kProbeFirst && trajectory.sample == 0 && trajectory.tokens == 0;
       const bool ranked = order != Order::kFifo && !probe;
-      return std::make_tuple(trajectory.tokens > 0 ? 0
-                             : probe               ? 1
-                                                   : 2,
-                             ranked ? -predictor.rest(world.state, slot) : 0.0,
-                             world.state.group_of(slot).number, trajectory.sample);
+      const double rest =
+          potential ? predictor.potential(world.state, slot) : predictor.rest(world.state, slot);
+      const Group& group = world.state.group_of(slot);
+      // What has begun, then what an earlier iteration admitted; or the potential alone.
+      const bool first = begun(slot) && !potential;
+      return std::make_tuple(first ? -1 : group.round, probe ? 0 : 1, ranked ? -rest : 0.0,
+                             group.number, trajectory.sample);
     };
     std::sort(inside.begin(), inside.end(),
               [&](Slot left, Slot right) { return key(left) < key(right); });
@@ -123,4 +132,28 @@ TEST_CASE("queue: an erasure of what is not in does nothing") {
   queue.erase(slot);
   queue.erase(slot);
   CHECK(queue.size() == 0);
+}
+
+TEST_CASE("queue: when the predictor has learned, what was put in before is ordered anew") {
+  PolicyWorld world;
+  world.state.config.order = Order::kLongestFirst;
+  Predictor predictor;
+  Queue queue;
+  const Slot early = world.sample(world.group(1), 0);
+  queue.push(world.state, predictor, early);
+  Draw draw(13);
+  Slot group = kNoSlot;
+  for (int g = 0; g < 50; ++g) {
+    group = world.group(4);
+    const std::int64_t length = 5000 + draw.below(3000);
+    for (std::uint32_t s = 0; s < 3; ++s) {
+      world.finish(world.sample(group, s), length);
+      predictor.finished(world.state, world.sample(group, s));
+    }
+  }
+  world.state.trajectories[world.sample(group, 3)].limit = 4000;
+  queue.push(world.state, predictor, world.sample(group, 3));
+  CHECK(queue.front(world.state) == world.sample(group, 3));  // 4,000 against what was a guess
+  queue.reorder(world.state, predictor, group);
+  CHECK(queue.front(world.state) == early);
 }
