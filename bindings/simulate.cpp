@@ -282,7 +282,7 @@ void bind_simulate(py::module_& rollout) {
   rollout.def("offline", &offline, py::arg("simulation"), py::arg("lots"), py::arg("evaluations"),
               py::arg("seed") = 0, py::call_guard<py::gil_scoped_release>(),
               "The best schedules found with all lengths known, for whole iterations, by local\n"
-              "search that times at most `evaluations` engine lists for each. Outages are not\n"
+              "search that times about `evaluations` engine lists for each. Outages are not\n"
               "looked at. SchedulerError as bounds.");
 }
 

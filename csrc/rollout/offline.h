@@ -38,8 +38,9 @@ struct Offline {
 // trajectory moves once it has begun. From the better of two starts (longest first to the least
 // loaded; the longest together), it moves, swaps and reorders what the last engine has, as long as
 // that lowers the makespan, and shakes the best found when nothing does for long. `evaluations`:
-// engine lists to time in each iteration, at most, the starts not counted. Equal arguments give
-// equal schedules. Raises as bounds(), and for a negative budget. Outages are not looked at.
+// engine lists to time in each iteration, after the starts; a change under way is ended. Equal
+// arguments give equal schedules. Raises as bounds(), and for a negative budget. Outages are not
+// looked at.
 Offline offline(const Simulation& simulation, const Lots& lots, std::int64_t evaluations,
                 std::uint64_t seed = 0);
 

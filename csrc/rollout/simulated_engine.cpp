@@ -148,18 +148,16 @@ void SimulatedEngine::say(std::vector<Word>& words) {
   report_ = news_ = false;
 }
 
-// As vLLM does: the last admitted gives way, and is the first to come back, computed again.
-bool SimulatedEngine::preempt() {
-  bool any = false;
+// As vLLM does: the last admitted gives way, and is the first to come back, computed again. It is
+// not in the same step: it did not fit.
+void SimulatedEngine::preempt() {
   while (kv_ > kv_capacity_ && running_.size() > 1) {
     Sequence youngest = running_.back();
     running_.pop_back();
     kv_ -= youngest.context + youngest.made;
     youngest.preempted = true;
     waiting_.push_front(youngest);
-    any = true;
   }
-  return any;
 }
 
 void SimulatedEngine::admit() {
@@ -178,7 +176,8 @@ void SimulatedEngine::admit() {
 
 void SimulatedEngine::begin(Ticks now) {
   prefill_ = 0;
-  if (!preempt()) admit();
+  preempt();
+  admit();
   if (!running_.empty()) plan(now);
 }
 

@@ -98,7 +98,7 @@ class SimulatedEngine {
   void truncate(Ticks now);  // the planned steps end with the one that runs at `now`
   std::int64_t steps_until(Ticks elapsed) const;
   Ticks duration(std::int64_t steps) const;
-  bool preempt();
+  void preempt();
   void admit();
   void plan(Ticks now);
   Sequence* find(Lease lease);

@@ -44,6 +44,12 @@ class NaiveWorld {
       : simulation_(simulation), lots_(lots), scheduler_(simulation.config) {
     for (const EngineModel& model : simulation.engines) engines_.push_back({model, {}, {}});
     interval_ = ticks_of(simulation.report_interval);
+    if (!simulation.oracle) return;
+    scheduler_.reveal([this](GroupId group, std::uint32_t sample) {
+      const std::size_t samples = static_cast<std::size_t>(lots_.samples);
+      return std::min(lots_.limit,
+                      lots_.lengths[static_cast<std::size_t>(group) * samples + sample]);
+    });
   }
 
   Outcome run() {

@@ -83,6 +83,7 @@ Simulation random_simulation(Random& random) {
   simulation.train_base = seconds(random, 0.3);
   simulation.train_token = seconds(random, 1e-4);
   simulation.reward_latency = seconds(random, 0.1);
+  simulation.oracle = between(random, 0, 3) == 0;
   // A lease that says nothing before its deadline would begin again for ever.
   const bool patient = simulation.config.lease_timeout > 1'000'000;
   const bool silent = patient && between(random, 0, 3) == 0;
