@@ -25,12 +25,10 @@
 
 namespace kimisys::rollout {
 
-// The defaults are those at which `python -m bench.repetition` raised 0 to 2 alarms in a million
-// tokens of prose, code, scratchpads, tables and logs; on lists and tables of near-equal lines.
 struct RepetitionConfig {
   std::int64_t max_period = 512;  // tokens; longer loops are not looked for
-  std::int64_t min_tokens = 512;  // that a loop must cover before it counts
-  std::int64_t min_repeats = 6;   // and how many times it must have come round
+  std::int64_t min_tokens = 128;  // that a loop must cover before it counts
+  std::int64_t min_repeats = 4;   // and how many times it must have come round
   double agreement = 0.9;         // share of tokens equal to those a period before; 1: exact only
 
   friend bool operator==(const RepetitionConfig&, const RepetitionConfig&) = default;
@@ -42,7 +40,7 @@ void check(const RepetitionConfig& config);
 struct Repetition {
   std::int64_t position = 0;  // tokens seen when it was found
   std::int64_t start = 0;     // of the loop, as a position
-  std::int64_t period = 0;    // tokens; the shortest that holds, a token later it may be a half
+  std::int64_t period = 0;    // tokens; the shortest that holds
   double agreement = 0;       // measured, over the window
 };
 

@@ -212,7 +212,9 @@ def read_lengths(path: Path, limit: int = 0) -> Lots:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise WorkloadError(f"{path} cannot be read: {error}; it must hold lines {_FORM}") from error
+        raise WorkloadError(
+            f"{path} cannot be read: {error}; it must hold lines {_FORM}"
+        ) from error
     for number, line in enumerate(lines, start=1):
         prompt, lengths = _group(line, f"{path}, line {number}")
         if table and len(lengths) != len(table[0]):

@@ -17,14 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kimisys.errors import KimisysError
-from kimisys.trainer.config import (
-    ConfigError,
-    EvalConfig,
-    ExportConfig,
-    GenerateConfig,
-    RunConfig,
-    TrainConfig,
-)
+from kimisys.trainer.config import ConfigError, RunConfig, TrainConfig
 from kimisys.trainer.plan_config import PlanConfig
 from kimisys.trainer.run_folder import (
     check_resumable,
@@ -35,6 +28,7 @@ from kimisys.trainer.run_folder import (
     resolved,
     saved_config,
 )
+from kimisys.trainer.serve_config import EvalConfig, ExportConfig, GenerateConfig
 from kimisys.trainer.simulate_config import SimulateConfig
 
 _CONFIGS: dict[str, type[RunConfig]] = {"train": TrainConfig, "sft": RunConfig}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ Dtype = Literal["float32", "bfloat16"]
 DEFAULT_TASK = "kimisys.trainer.arithmetic:task"
 
 MANY = 1 << 20
+MANY_TOKENS = 1 << 40
 Range = tuple[str, float, float, float]
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # vLLM 0.32, CPU attention
@@ -169,7 +171,83 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig):
+class RolloutConfig(RunConfig):
+    """How completions are sampled: what the rollout scheduler (kimisys.rollout) is told."""
+
+    rollouts: Literal["budget", "whole"] = "budget"
+    """When an iteration has sampled enough. budget: when so many tokens were written; what is not
+    finished then goes on in the next iteration, under newer weights (k1.5's partial rollouts).
+    whole: when all completions of --prompts problems are finished, so the longest is waited for."""
+    deployment: Literal["hybrid", "disaggregated"] = "hybrid"
+    """hybrid: sampling and training take turns. disaggregated: engines go on sampling while the
+    ranks train."""
+    token_budget: int = 0
+    """Tokens that an iteration samples, over all engines; 0: as many as --prompts x --samples
+    completions took on the held-out problems before RL."""
+    live_limit: int = 0
+    """With a budget: most completions that are begun and not finished, over all engines; 0:
+    --prompts x --samples. Fewer finish sooner, so less of them is stale; more keep engines
+    busier."""
+    max_staleness: int = 4
+    """Versions that the oldest token of a group may be behind the weights that are trained."""
+    staleness: Literal["wait", "drop", "admission"] = "wait"
+    """What is done about a group that would get staler. wait: the iteration does not end without
+    it. drop: it is not trained. admission: as wait, and no more is begun than can be trained in
+    time, at most --prompts groups in a step."""
+    placement: Literal["kv_aware", "least_loaded", "sticky", "group_round_robin"] = "kv_aware"
+    """With a budget: which engine a completion goes to: by what the engines' KV caches will hold,
+    by their number of sequences, where it began, or all of a group to one engine in turn (always
+    so for whole)."""
+    order: Literal["probe_first", "longest_first", "fifo"] = "probe_first"
+    """With a budget: which completion goes first: one of each group, from whose length the others
+    are predicted; the longest predicted; as drawn (always so for whole)."""
+    loss_mask: Literal["all", "current", "recent", "weighted"] = "all"
+    """Which tokens of a continued completion are learned from. all: each. current: those of its
+    newest version. recent: those at most --mask-versions behind. weighted: each, by how likely it
+    is under the weights that are trained against those that sampled it, at most --mask-cap."""
+    mask_versions: int = 1
+    """S of --loss-mask recent."""
+    mask_cap: float = 2.0
+    """C of --loss-mask weighted."""
+    early_stop: bool = True
+    """With a budget: end a completion once it repeats itself; it counts as not finished."""
+    repetition_penalty: float = 0.0
+    """Taken from the reward of a completion that was ended for repeating itself (k1.5)."""
+    pin_engines: bool = False
+    """Give each engine processors of its own, an equal share of them."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether completions may go on in a later iteration."""
+        return self.rollouts == "budget"
+
+    def check(self) -> None:
+        super().check()
+        if self.repetition_penalty and not (self.partial and self.early_stop):
+            raise ConfigError(
+                "--repetition-penalty needs --rollouts budget and --early-stop: nothing else says "
+                "which completion repeats itself"
+            )
+        if self.deployment == "disaggregated" and not self.partial:
+            raise ConfigError(
+                "--deployment disaggregated needs --rollouts budget: whole iterations leave "
+                "nothing to sample while the ranks train"
+            )
+
+    def ranges(self) -> list[Range]:
+        return [
+            *super().ranges(),
+            ("--token-budget", self.token_budget, 0, MANY_TOKENS),
+            ("--live-limit", self.live_limit, 0, MANY),
+            ("--max-staleness", self.max_staleness, 0, MANY),
+            ("--mask-versions", self.mask_versions, 0, MANY),
+            ("--mask-cap", self.mask_cap, 1.0, 1e6),
+            ("--repetition-penalty", self.repetition_penalty, 0.0, 1e3),
+        ]
+
+
+@dataclass(frozen=True)
+class TrainConfig(RolloutConfig):
     """SFT on the task's demonstrations, if it has any, then Kimi k1.5's policy optimisation.
 
     Without options: the reference recipe, a small Qwen3 that learns to add. Megatron ranks train,
@@ -192,11 +270,11 @@ class TrainConfig(RunConfig):
     others must compute the same bits and complete greedily with the same tokens, at every step."""
 
     prompts: int = 64
-    """Problems in one RL step."""
+    """Problems in one RL step; with a token budget, in the mean."""
     samples: int = 8
     """Samples of each problem: k of Kimi k1.5."""
     minibatches: int = 4
-    """Optimizer steps in one RL step; each takes whole groups."""
+    """Optimizer steps for --prompts problems; each takes whole groups."""
     tau: float = 0.1
     """Weight of the squared log-ratio: τ of Kimi k1.5 (arXiv 2501.12599), in reward per nat."""
     length_reward: float = 0.2
@@ -223,6 +301,16 @@ class TrainConfig(RunConfig):
         if self.control_engine and self.freeze_engine:
             raise ConfigError(
                 "--freeze-engine leaves --control-engine nothing to compare: give one of the two"
+            )
+        if self.pin_engines and self.engines > len(os.sched_getaffinity(0)):
+            raise ConfigError(
+                f"--pin-engines: {self.engines} engines cannot have processors of their own among "
+                f"{len(os.sched_getaffinity(0))}"
+            )
+        if self.deployment == "disaggregated" and (self.control_engine or self.freeze_engine):
+            raise ConfigError(
+                "--control-engine and --freeze-engine need --deployment hybrid: engines are "
+                "compared, or left behind, while nothing runs"
             )
 
     def ranges(self) -> list[Range]:
@@ -257,92 +345,3 @@ def check_new_folder(out: Path | None) -> None:
             raise ConfigError(f"--out {out} is a file; name a folder")
         if any(out.iterdir()):
             raise ConfigError(f"--out {out} is not empty; choose another or empty it")
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """What is common to the commands that sample from one folder's weights."""
-
-    folder: tyro.conf.Positional[Path]
-    """A Hugging Face folder, or the folder of a run (its final weights, or its last checkpoint)."""
-    dtype: Dtype = "float32"
-    """In which the engine computes."""
-    tensor_parallel: int = 1
-    """Ranks of the engine."""
-    samples: int = 1
-    """Completions of each prompt."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    seed: int = 1
-    """Seeds the sampling."""
-    ready_timeout: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 240.0
-    """How long the engine may take to start or to answer."""
-
-    def check(self) -> None:
-        """Raise ConfigError for what cannot run."""
-        check_ranges(
-            [
-                ("--tensor-parallel", self.tensor_parallel, 1, 64),
-                ("--samples", self.samples, 1, 1024),
-                ("--temperature", self.temperature, 0.0, 100.0),
-                ("--seed", self.seed, 0, 2**31 - 1),
-                ("--ready-timeout", self.ready_timeout, 1.0, 86_400.0),
-            ]
-        )
-
-
-@dataclass(frozen=True)
-class EvalConfig(ServeConfig):
-    """Measure a model on a task's held-out problems."""
-
-    task: str = DEFAULT_TASK
-    """MODULE:FUNCTION, FILE.py:FUNCTION or FILE.jsonl, as for train."""
-    max_tokens: int | None = None
-    """Of a completion; if not given, the task's limit, or what the model has room for."""
-    problems: int = 512
-    """Held-out problems to measure on; fewer if the task has fewer."""
-    json: Path | None = None
-    """Also write the figures and every completion to this file."""
-
-    def check(self) -> None:
-        super().check()
-        check_ranges([("--problems", self.problems, 1, MANY)])
-        if self.max_tokens is not None:
-            check_ranges([("--max-tokens", self.max_tokens, 1, MANY)])
-        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
-            raise ConfigError(f"--json {self.json}: name a file in a folder that exists")
-
-
-@dataclass(frozen=True)
-class GenerateConfig(ServeConfig):
-    """Print completions."""
-
-    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to complete; without any, a prompt a line from standard input."""
-    max_tokens: int | None = None
-    """Of a completion; if not given, 64, or what the model has room for."""
-
-    def check(self) -> None:
-        super().check()
-        if self.max_tokens is not None:
-            check_ranges([("--max-tokens", self.max_tokens, 1, MANY)])
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """A checkpoint as a Hugging Face folder: config.json, tokenizer, model.safetensors."""
-
-    source: tyro.conf.Positional[Path]
-    """A run's folder, one of its checkpoints, or a folder that Megatron's dist_checkpointing
-    wrote."""
-    out: tyro.conf.Positional[Path]
-    """The folder to make."""
-    dtype: Dtype = "bfloat16"
-    """Of the exported weights."""
-    config: Path | None = None
-    """For a checkpoint of Megatron: a folder with the model's config.json and tokenizer."""
-
-    def check(self) -> None:
-        """Raise ConfigError when there is something where the folder should be made."""
-        if self.out.exists():
-            raise ConfigError(f"{self.out} exists; name a folder that does not")

@@ -56,7 +56,7 @@ class Display:
             f"{metrics.completion_length:.1f}",
             f"{metrics.rollout_tokens_per_second:,.0f}",
             f"{metrics.sync_seconds * 1e3:.0f}",
-            f"{metrics.logprob_gap:.1e}",
+            "" if metrics.logprob_gap is None else f"{metrics.logprob_gap:.1e}",
             f"{metrics.loss:+.3f}",
             f"{metrics.step_seconds:.1f}",
         )
@@ -102,6 +102,24 @@ def _add_deltas(table: Table, summary: Summary) -> None:
         table.add_row("the control engine", agreed)
 
 
+def _add_rollouts(table: Table, summary: Summary) -> None:
+    told = f"{summary.steps} steps, {summary.rollout_tokens_per_second:,.0f} tokens/s"
+    if summary.utilisation is not None:
+        told += f"; something ran in {summary.utilisation:.0%} of the engines' time"
+    table.add_row("rollouts", told)
+    if summary.token_budget is not None:
+        told = f"{summary.token_budget:,} tokens"
+        if summary.continued is not None and summary.staleness_mean is not None:
+            told += (
+                f"; {summary.continued:.0%} of the completions were continued under newer weights; "
+                f"a token is {summary.staleness_mean:.1f} versions old in the mean, "
+                f"{summary.staleness_max} at most"
+            )
+        table.add_row("budget of a step", told)
+    if summary.dropped_total:
+        table.add_row("dropped", f"{summary.dropped_total} groups; rollouts/groups.jsonl says why")
+
+
 def _add_reinforcement(table: Table, summary: Summary) -> None:
     for name, before, after, form in (
         (
@@ -132,9 +150,7 @@ def _add_reinforcement(table: Table, summary: Summary) -> None:
         f"mean log-probability gap of a step at most {summary.logprob_gap_max:.1e} per token "
         f"(bound {summary.logprob_gap_bound:.0e}); probe at most {summary.probe_gap_max:.1e}",
     )
-    table.add_row(
-        "rollouts", f"{summary.steps} steps, {summary.rollout_tokens_per_second:,.0f} tokens/s"
-    )
+    _add_rollouts(table, summary)
     if summary.logprob_gap_exceeded_at is not None:
         table.add_row(
             "the engine was frozen",

@@ -4,8 +4,8 @@ sampling."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from kimisys.adapters.ray import Actors, share
 from kimisys.adapters.vllm.engine import EngineConfig, Sample
 from kimisys.adapters.vllm.environment import environment
 from kimisys.trainer.engine_actor import EngineActor
+from kimisys.trainer.engine_client import EngineClient
 
 _SEED_STRIDE = 7_919  # between the seeds of two engines
 
@@ -29,6 +30,12 @@ class Sync:
     digests: int
     wire_nbytes: int
     full_nbytes: int
+
+    @classmethod
+    def of(cls, version: int, reports: Sequence[Mapping[str, Any]]) -> Sync:
+        """Of what Engine.update reports of each engine."""
+        keys = ("nbytes", "digests", "wire_nbytes", "full_nbytes")
+        return cls(version, *(sum(report[key] for report in reports) for key in keys))
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Engines:
 
     model: folder with a config.json; its weights are not read. max_length: tokens of a prompt and
     its completion together. threads: of each engine; 0 shares the processors among them. name: of
-    the actors, before their number.
+    the actors, before their number. pinned: whether each has processors of its own.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class Engines:
         timeout_seconds: float = 600.0,
         name: str = "engine",
         threads: int = 0,
+        pinned: bool = False,
     ) -> None:
         self._actors = actors
         self._names = [f"{name} {i}" for i in range(count)]
@@ -76,17 +84,31 @@ class Engines:
             seed=seed,
             timeout_seconds=timeout_seconds,
         )
+        self._pinned = pinned
 
     @property
     def count(self) -> int:
         """How many engines."""
         return len(self._names)
 
+    def check(self) -> None:
+        """Raise ActorLostError if an actor of the run has died, an engine's or another."""
+        self._actors.check()
+
+    def clients(self) -> list[EngineClient]:
+        """Each engine as one that makes segments, for an event loop in this process."""
+        return [EngineClient(self._actors, name) for name in self._names]
+
+    def steps(self) -> list[np.ndarray]:
+        """Each engine's timed steps since the last call: kimisys.adapters.vllm.steps.STEP."""
+        return self._all("segments_steps")
+
     def start(self) -> None:
         """Begin to start them; `connect` waits for it."""
-        for name in self._names:
-            variables = environment(self._config.threads)
-            self._actors.spawn(name, EngineActor, variables, self._config)
+        variables = environment(self._config.threads)
+        for number, name in enumerate(self._names):
+            cpus = cpus_of(number, self.count) if self._pinned else ()
+            self._actors.spawn(name, EngineActor, variables, replace(self._config, cpus=cpus))
             self._starting[name] = self._actors.begin(name, "start")
 
     def connect(self, addresses: Sequence[Path], verify_every: int = 16) -> None:
@@ -103,9 +125,7 @@ class Engines:
 
         Raises DigestError when one of them refuses what it got: others may serve it already.
         """
-        reports = self._all("update", version, full)
-        keys = ("nbytes", "digests", "wire_nbytes", "full_nbytes")
-        return Sync(version, *(sum(report[key] for report in reports) for key in keys))
+        return Sync.of(version, self._all("update", version, full))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], how: Sampling, version: int
@@ -144,3 +164,9 @@ class Engines:
 def threads_for(engines: int) -> int:
     """Threads of each when so many engines share the processors."""
     return max(1, len(os.sched_getaffinity(0)) // engines)
+
+
+def cpus_of(engine: int, engines: int) -> tuple[int, ...]:
+    """The processors that are this engine's when they are shared out evenly."""
+    cpus, share = sorted(os.sched_getaffinity(0)), threads_for(engines)
+    return tuple(cpus[engine * share : (engine + 1) * share])

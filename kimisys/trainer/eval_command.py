@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kimisys.rl.pass_at_k import pass_at_k
-from kimisys.trainer.config import EvalConfig
+from kimisys.trainer.answers import Answers, sample
 from kimisys.trainer.metrics import write_json
 from kimisys.trainer.model_folder import check_engine, open_model
-from kimisys.trainer.rollout import Rollouts, sample
+from kimisys.trainer.serve_config import EvalConfig
 from kimisys.trainer.serving import VERSION, find_weights, served
 from kimisys.trainer.task import load_task
 
@@ -36,7 +36,7 @@ def run(config: EvalConfig, console: Console) -> None:
     starting = console.status(f"starting an engine with {model.folder}")
     with starting as status, serving as engines:
         status.update(f"sampling {len(problems)} problems x {config.samples}")
-        rollouts = sample(
+        answers = sample(
             engines,
             model.tokenizer,
             task,
@@ -46,9 +46,9 @@ def run(config: EvalConfig, console: Console) -> None:
             config.seed,
             VERSION,
         )
-    figures = _figures(rollouts, config.samples)
+    figures = _figures(answers, config.samples)
     console.print(_table(figures))
-    speed = rollouts.tokens / rollouts.seconds
+    speed = answers.tokens / answers.seconds
     console.print(
         f"{len(problems)} problems, {config.samples} samples each at temperature "
         f"{config.temperature:g}, at most {limit} tokens, {config.dtype}; {speed:,.0f} tokens/s, "
@@ -57,23 +57,23 @@ def run(config: EvalConfig, console: Console) -> None:
         soft_wrap=True,
     )
     if config.json is not None:
-        answers = [
+        records = [
             {"prompt": problems[group].prompt, "answer": problems[group].answer, **asdict(one)}
-            for group, one in zip(rollouts.groups, rollouts.completions, strict=True)
+            for group, one in zip(answers.groups, answers.completions, strict=True)
         ]
-        write_json(config.json, {"figures": figures, "completions": answers})
+        write_json(config.json, {"figures": figures, "completions": records})
 
 
-def _figures(rollouts: Rollouts, samples: int) -> dict[str, Any]:
-    right = np.bincount(rollouts.groups, weights=rollouts.right).astype(int).tolist()
+def _figures(answers: Answers, samples: int) -> dict[str, Any]:
+    right = np.bincount(answers.groups, weights=answers.right).astype(int).tolist()
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     ks = sorted({*powers, samples})
-    finished = float(np.mean([one.finished for one in rollouts.completions]))
+    finished = float(np.mean([one.finished for one in answers.completions]))
     return {
         **{f"pass@{k}": pass_at_k(right, samples, k) for k in ks},
-        "mean reward": float(rollouts.outcomes.mean()),
-        "mean length": float(rollouts.lengths.mean()),
-        "mean length of right completions": rollouts.correct_length,
+        "mean reward": float(answers.outcomes.mean()),
+        "mean length": float(answers.lengths.mean()),
+        "mean length of right completions": answers.correct_length,
         "finished": finished,
     }
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kimisys.trainer.answers import Answers, sample
 from kimisys.trainer.engines import Engines
 from kimisys.trainer.progress import Evaluation
-from kimisys.trainer.rollout import Rollouts, sample
 from kimisys.trainer.task import Problem, Task
 from kimisys.trainer.tokenizer import Tokenizer
 
@@ -19,7 +19,7 @@ def evaluate(
     problems: Sequence[Problem],
     seed: int,
     version: int,
-) -> tuple[Evaluation, Rollouts]:
+) -> tuple[Evaluation, Answers]:
     """One sample of each problem at temperature 1, and the greedy one; also returns the latter."""
     sampled, greedy = (
         sample(engines, tokenizer, task, problems, 1, temperature, seed, version)
@@ -34,7 +34,7 @@ def evaluate(
     return found, greedy
 
 
-def sample_records(problems: Sequence[Problem], rollouts: Rollouts) -> list[dict[str, Any]]:
+def sample_records(problems: Sequence[Problem], answers: Answers) -> list[dict[str, Any]]:
     """The samples of the first problems, of which there is one each, as samples.jsonl holds
     them."""
     return [
@@ -46,5 +46,5 @@ def sample_records(problems: Sequence[Problem], rollouts: Rollouts) -> list[dict
             "reward": one.reward,
             "tokens": one.tokens,
         }
-        for problem, one in zip(problems, rollouts.completions, strict=False)
+        for problem, one in zip(problems, answers.completions, strict=False)
     ]

@@ -12,8 +12,9 @@ from rich.console import Console
 from kimisys.adapters.megatron.dist_checkpoint import is_dist_checkpoint, open_dist_checkpoint
 from kimisys.reshard import Layout, Tensor, plan
 from kimisys.reshard.safetensors import create_checkpoint, open_checkpoint
-from kimisys.trainer.config import ConfigError, ExportConfig
+from kimisys.trainer.config import ConfigError
 from kimisys.trainer.model_folder import ModelFolder, open_model, read_model
+from kimisys.trainer.serve_config import ExportConfig
 from kimisys.trainer.serving import find_weights
 
 

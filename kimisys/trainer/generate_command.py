@@ -7,9 +7,10 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-from kimisys.trainer.config import ConfigError, GenerateConfig
+from kimisys.trainer.config import ConfigError
 from kimisys.trainer.engines import Sampling
 from kimisys.trainer.model_folder import check_engine, open_model
+from kimisys.trainer.serve_config import GenerateConfig
 from kimisys.trainer.serving import VERSION, find_weights, served
 
 DEFAULT_TOKENS = 64

@@ -1,45 +1,41 @@
-"""One iteration of k1.5: draw problems, sample, score, improve, publish, and check all of it."""
+"""One iteration of k1.5: take finished groups, score, improve, publish, and check all of it."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from kimisys.errors import DigestError
-from kimisys.rl.length_reward import LengthRewardSchedule, length_rewards
-from kimisys.rl.prompt_sampling import UNSEEN_SUCCESS_RATE, SuccessRates, curriculum_pool, draw
+from kimisys.rl.length_reward import LengthRewardSchedule
+from kimisys.rollout import Batch
 from kimisys.trainer.config import TrainConfig
 from kimisys.trainer.control import Control
 from kimisys.trainer.display import Display
 from kimisys.trainer.engines import Engines
+from kimisys.trainer.learning import Experience, experience
 from kimisys.trainer.megatron_rank import Improved, Improvement
 from kimisys.trainer.metrics import StepMetrics
 from kimisys.trainer.model_folder import ModelFolder
 from kimisys.trainer.progress import Progress
+from kimisys.trainer.prompts import Prompts
 from kimisys.trainer.ranks import Ranks
-from kimisys.trainer.rollout import Rollouts, sample
-from kimisys.trainer.task import Problem, Task
+from kimisys.trainer.rollout_engine import Following
+from kimisys.trainer.rollouts import Rollouts
+from kimisys.trainer.task import Task
 from kimisys.trainer.watch import ReplicaError, probe_gap
 
 PROBE_TOKENS = 16  # at most: each is compared over the whole vocabulary
 PUBLICATIONS = 2  # of the same weights, when an engine refuses what landed
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """The problems of a step: their places in the task, int64[prompts], and which there were to
-    choose from, bool[problems]."""
-
-    indices: torch.Tensor
-    problems: list[Problem]
-    admitted: torch.Tensor
-
-
 class Iterations:
-    """The RL steps of a run. What they change is in the ranks, the engines and `progress`."""
+    """The RL steps of a run. What they change is in the ranks, the engines and `progress`.
+
+    First `sync`; then `step` after step with the same rollouts; `settle` when these have ended.
+    """
 
     def __init__(
         self,
@@ -60,13 +56,11 @@ class Iterations:
         first = self._tokenizer.encode_prompt(task.held_out[0].prompt)
         # the end-of-sequence token makes sure of the two tokens that a probe needs
         self._probe = [*first[: PROBE_TOKENS - 1], self._tokenizer.eos_id]
-        self._difficulties = torch.tensor(
-            [p.difficulty for p in task.problems], dtype=torch.float64
-        )
-        rates = progress.success_rates
-        self._success = (
-            SuccessRates.from_state(rates) if rates else SuccessRates(len(task.problems))
-        )
+        self.prompts = Prompts(config, task, self._tokenizer, progress)
+        """What the rollouts draw from."""
+        overlap = config.deployment == "disaggregated"
+        self.following = Following(self._watch, self._probe) if overlap else None
+        """How the engines follow while others sample; None: they follow in `sync` alone."""
         self._length = LengthRewardSchedule(config.length_reward, config.length_reward_from)
 
     @property
@@ -75,7 +69,8 @@ class Iterations:
         return self._served
 
     def sync(self) -> float:
-        """Publish, let the engines follow unless they are frozen, and compare what both compute.
+        """Publish, let the engines follow unless they are frozen, and compare what both compute;
+        nothing runs on the engines.
 
         Returns the largest difference of the probe's log-probabilities.
         """
@@ -86,12 +81,23 @@ class Iterations:
             self._publish_and_update()
             self._served = progress.version
         self._watch.sync_seconds.append(time.perf_counter() - start)
-        if self._control is not None and self._served == progress.version:
+        return self._compare()
+
+    def settle(self) -> None:
+        """Let engines that follow on their own take the last version; nothing runs on them now."""
+        if self.following is not None:
+            self._watch.note_sync(self._engines.update(self._progress.version))
+            self._compare()
+
+    def _compare(self) -> float:
+        """What the engines compute, with what the ranks do."""
+        version = self._progress.version
+        if self._control is not None and self._served == version:
             self._control.follow(self._served)
             self._watch.compared += 1
         trainer = self._ranks.one("probe", self._probe)
         gap = max(probe_gap(trainer, e) for e in self._engines.probe(self._probe, self._served))
-        self._watch.note_probe(progress.version, gap, self._served == progress.version)
+        self._watch.note_probe(version, gap, self._served == version)
         return gap
 
     def _publish_and_update(self) -> None:
@@ -115,97 +121,92 @@ class Iterations:
         if self._density is not None:
             self._watch.density.append(self._density)
 
-    def step(self, step: int) -> StepMetrics:
-        """Do step `step`, counted from 1; afterwards the engines serve what it made."""
-        start = time.perf_counter()
-        drawn = self._draw(step)
+    def step(self, step: int, rollouts: Rollouts) -> StepMetrics:
+        """Do step `step`, counted from 1; afterwards the engines serve what it made, or will."""
+        start, watch = time.perf_counter(), self._watch
+        moved = watch.nbytes, watch.wire_nbytes, watch.full_nbytes
+        self.prompts.begin(step)
         self._display.within_step(step, "sampling")
-        rollouts = self._sample(drawn, step)
-        self._success.record(drawn.indices, torch.from_numpy(rollouts.group_pass_rates()))
-        self._progress.success_rates = self._success.state()
-        weight = self._length.weight_at(step)
-        extra = weight * _length_rewards(rollouts)
+        batch = rollouts.batch()
+        keys = [one.prompt.key for one in (*batch.groups, *(one.group for one in batch.dropped))]
+        places = {key: self.prompts.place(key) for key in keys}
+        learned = self._judge(batch)
         self._display.within_step(step, "training")
-        scored = time.perf_counter()
-        log_probs: np.ndarray = self._ranks.one("score", rollouts.batch)
-        gap = _gap(log_probs, rollouts)
-        self._watch.note_gap(step, gap, self._config.freeze_engine)
-        trained = time.perf_counter()
-        rewards = rollouts.outcomes + extra
-        improved = self._improve(step, rollouts, rewards, log_probs)
-        train_seconds = time.perf_counter() - trained
-        watch = self._watch
-        nbytes, wire, full = watch.nbytes, watch.wire_nbytes, watch.full_nbytes
-        gap_of_probe = self.sync()
+        figures = self._train(step, learned)
+        figures |= self._follow(step, rollouts)
+        rollouts.log.batch(step, learned, batch.dropped, rollouts.spans(), places)
+        self.prompts.save()
         return StepMetrics(
             step=step,
             version=self._progress.version,
-            reward=float(rewards.mean()),
-            pass_rate=rollouts.pass_rate,
-            completion_length=float(rollouts.lengths.mean()),
-            correct_length=rollouts.correct_length,
-            length_reward=float(extra.mean()),
-            difficulty=float(np.mean([problem.difficulty for problem in drawn.problems])),
-            success_rate=float(self._success.rates[drawn.admitted].mean()),
-            admitted=int(drawn.admitted.sum()),
-            tokens=rollouts.tokens,
-            rollout_tokens_per_second=rollouts.tokens / rollouts.seconds,
-            loss=improved.loss,
-            gradient_norm=improved.gradient_norm,
-            divergence=improved.divergence,
-            logprob_gap=gap,
-            probe_gap=gap_of_probe,
-            sync_bytes=watch.nbytes - nbytes,
+            **figures,
+            **rollouts.figures(batch),
+            success_rate=self.prompts.success_rate,
+            admitted=self.prompts.admitted,
+            sync_bytes=watch.nbytes - moved[0],
             delta_density=self._density,
-            delta_bytes=watch.wire_nbytes - wire,
-            full_bytes=watch.full_nbytes - full,
-            sync_seconds=watch.sync_seconds[-1],
-            rollout_seconds=rollouts.seconds,
-            score_seconds=trained - scored,
-            train_seconds=train_seconds,
+            delta_bytes=watch.wire_nbytes - moved[1],
+            full_bytes=watch.full_nbytes - moved[2],
             step_seconds=time.perf_counter() - start,
         )
 
-    def _draw(self, step: int) -> _Draw:
-        config = self._config
-        done = (step - 1) / config.steps
-        admitted = curriculum_pool(self._difficulties, done, full_at=config.curriculum)
-        rates = self._success.rates
-        if config.sampling == "uniform":
-            rates = torch.full_like(rates, UNSEEN_SUCCESS_RATE)
-        indices = draw(rates, admitted, config.prompts, config.seed, step)
-        problems = [self._task.problems[i] for i in indices.tolist()]
-        return _Draw(indices, problems, admitted)
+    def _judge(self, batch: Batch) -> Experience:
+        """What a batch teaches; its prompts are done with."""
+        self.prompts.dropped([one.group.prompt.key for one in batch.dropped])
+        keys = [group.prompt.key for group in batch.groups]
+        problems = [self.prompts.problem(key) for key in keys]
+        learned = experience(batch.groups, problems, self._task, self._tokenizer, batch.seconds)
+        self.prompts.trained(keys, torch.from_numpy(learned.answers.group_pass_rates()))
+        return learned
 
-    def _sample(self, drawn: _Draw, step: int) -> Rollouts:
-        config = self._config
-        return sample(
-            self._engines,
-            self._tokenizer,
-            self._task,
-            drawn.problems,
-            config.samples,
-            1.0,
-            config.seed * 1_000_003 + step,
-            self._served,
-        )
+    def _train(self, step: int, learned: Experience) -> dict[str, Any]:
+        """Score and improve under the weights that were served; the metrics of both."""
+        config, version, start = self._config, self._served, time.perf_counter()
+        log_probs: np.ndarray = self._ranks.one("score", learned.batch)
+        gap = learned.gap(log_probs, version)
+        if gap is not None:
+            self._watch.note_gap(step, gap, config.freeze_engine)
+        scored = time.perf_counter()
+        lengths = self._length.weight_at(step) * learned.length_rewards()
+        rewards = learned.rewards(lengths, config.repetition_penalty)
+        weights = learned.weights(config, log_probs, version)
+        improved = self._improve(step, learned, rewards, log_probs, weights)
+        return {
+            **learned.figures(version, weights),
+            "reward": float(rewards.mean()),
+            "length_reward": float(lengths.mean()),
+            "logprob_gap": gap,
+            "stale_gap": learned.gap(log_probs, version, stale=True),
+            "loss": improved.loss,
+            "gradient_norm": improved.gradient_norm,
+            "divergence": improved.divergence,
+            "score_seconds": scored - start,
+            "train_seconds": time.perf_counter() - scored,
+        }
 
     def _improve(
-        self, step: int, rollouts: Rollouts, rewards: np.ndarray, log_probs: np.ndarray
+        self,
+        step: int,
+        learned: Experience,
+        rewards: np.ndarray,
+        log_probs: np.ndarray,
+        weights: np.ndarray,
     ) -> Improved:
         config = self._config
+        groups = len(learned.groups)
         improved: Improved = self._ranks.one(
             "improve",
             Improvement(
-                rollouts.batch,
-                rewards.astype(np.float32),
-                rollouts.groups,
-                (log_probs * rollouts.batch.mask).sum(axis=1),
-                config.minibatches,
+                learned.batch,
+                rewards,
+                learned.answers.groups,
+                (log_probs * weights).sum(axis=1),
+                max(1, round(config.minibatches * groups / config.prompts)),
                 config.learning_rate,
                 config.tau,
                 config.clip_gradient,
                 config.seed + step,
+                weights=weights,
             ),
         )
         if improved.replica_difference != 0.0:
@@ -215,17 +216,21 @@ class Iterations:
             )
         return improved
 
-
-def _length_rewards(rollouts: Rollouts) -> np.ndarray:
-    found = length_rewards(
-        torch.from_numpy(rollouts.lengths),
-        torch.from_numpy(rollouts.right),
-        torch.from_numpy(rollouts.groups),
-    )
-    return np.asarray(found.numpy())
-
-
-def _gap(log_probs: np.ndarray, rollouts: Rollouts) -> float:
-    """Mean |trainer - engine| over the completion tokens, in nats."""
-    mask = rollouts.batch.mask
-    return float((np.abs(log_probs - rollouts.engine_log_probs) * mask).sum() / mask.sum())
+    def _follow(self, step: int, rollouts: Rollouts) -> dict[str, Any]:
+        """The new weights to the engines; the metrics of it."""
+        if self.following is None:
+            gap = self.sync()
+            seconds = self._watch.sync_seconds[-1]
+            if self._served == self._progress.version:  # frozen engines know of nothing newer
+                rollouts.publish(self._served)
+            return {"probe_gap": gap, "sync_seconds": seconds}
+        # deltas go from version to version: nobody may still be reading the one before
+        followed = self.following.wait(rollouts.engines, rollouts.check, self._config.ready_timeout)
+        start = time.perf_counter()
+        self._publish()
+        seconds = time.perf_counter() - start
+        version = self._served = self._progress.version
+        self.following.expect(version, self._ranks.one("probe", self._probe))
+        if step < self._config.steps:  # the last one comes when nothing runs any more
+            rollouts.publish(version)
+        return {"probe_gap": followed.gap, "sync_seconds": seconds + followed.seconds}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kimisys.adapters.ray import Actors
 from kimisys.trainer.checkpoint import Checkpoints
@@ -20,6 +22,7 @@ from kimisys.trainer.iteration import Iterations
 from kimisys.trainer.machine import machine_record
 from kimisys.trainer.metrics import (
     SftMetrics,
+    StepMetrics,
     Summary,
     append_record,
     open_records,
@@ -32,6 +35,9 @@ from kimisys.trainer.processes import processes
 from kimisys.trainer.progress import Evaluation, Progress
 from kimisys.trainer.ranks import Ranks
 from kimisys.trainer.report import write_report
+from kimisys.trainer.rollout_engine import RolloutEngine
+from kimisys.trainer.rollout_log import RolloutLog
+from kimisys.trainer.rollouts import Rollouts
 from kimisys.trainer.task import Task, TaskError
 from kimisys.trainer.tensorboard import TensorBoardLog
 from kimisys.trainer.warm_up import Demonstrations
@@ -154,6 +160,7 @@ class Master:
             name,
             # alike in all of them: how a sum is split over threads shows in its bits
             threads_for(config.engines + config.control_engine),
+            config.pin_engines,
         )
         made.start()
         return made
@@ -213,18 +220,51 @@ class Master:
         if progress.before is None:
             progress.before = self._evaluate(config, engines, iterations.served, "before")
         first = self._next_step
-        with open_records(self._out / "metrics.jsonl", first - 1) as log:
+        metrics = open_records(self._out / "metrics.jsonl", first - 1)
+        with metrics, self._rollouts(config, engines, iterations) as rollouts:
             for step in range(first, config.steps + 1):
-                metrics = iterations.step(step)
-                append_record(log, asdict(metrics))
-                self._steps.append(metrics)
-                if self._board is not None:
-                    self._board.step(metrics)
-                display.step(metrics)
+                self._note(iterations.step(step, rollouts), metrics)
                 progress.phase, progress.step = "rl", step
                 if step % config.checkpoint_every == 0 or step == config.steps:
+                    rollouts.log.engine_steps(engines.steps())
                     self._checkpoint(ranks)
+        iterations.settle()
         self._after = self._evaluate(config, engines, iterations.served, "after")
+
+    @contextmanager
+    def _rollouts(
+        self, config: TrainConfig, engines: Engines, iterations: Iterations
+    ) -> Iterator[Rollouts]:
+        """The rollouts of this life of the run; the engines serve a version."""
+        progress, before = self._progress, self._progress.before
+        assert before is not None  # it has just been measured
+        usual = round(config.prompts * config.samples * before.length)
+        engines.steps()  # those of the evaluation are no rollouts
+        past = (self._next_step - 1, self._seconds_before)
+        with (
+            RolloutLog(self._out / "rollouts", *past, self._started, progress.offered) as log,
+            Rollouts(
+                config,
+                config.token_budget or usual,
+                [
+                    RolloutEngine(client, iterations.following, bounded=config.partial)
+                    for client in engines.clients()
+                ],
+                iterations.prompts.offer,
+                self._model.tokenizer.eos_id,
+                log,
+                engines.check,
+            ) as rollouts,
+        ):
+            yield rollouts
+
+    def _note(self, metrics: StepMetrics, log: TextIO) -> None:
+        """Write down what a step was, and show it."""
+        append_record(log, asdict(metrics))
+        self._steps.append(metrics)
+        if self._board is not None:
+            self._board.step(metrics)
+        self._display.step(metrics)
 
     def _checkpoint(self, ranks: Ranks) -> None:
         self._progress.seconds = self._seconds()
@@ -269,7 +309,6 @@ class Master:
 
     def _summary(self, status: str) -> Summary:
         progress, watch = self._progress, self._progress.watch
-        seconds = sum(s.rollout_seconds for s in self._steps)
         return Summary(
             status=status,
             **_measured("before", progress.before),
@@ -286,15 +325,38 @@ class Master:
             logprob_gap_bound=watch.bound,
             logprob_gap_exceeded_at=watch.exceeded_at,
             probe_gap_max=watch.probe_gap,
-            rollout_tokens_per_second=sum(s.tokens for s in self._steps) / seconds
-            if seconds
-            else 0.0,
+            rollout_tokens_per_second=_sampling_rate(self._steps),
             seed=self._config.seed,
             delta_density_median=statistics.median(watch.density) if watch.density else None,
             delta_bytes_total=watch.wire_nbytes,
             full_bytes_total=watch.full_nbytes,
             control_compared=watch.compared or None,
+            **_sampled(self._steps),
         )
+
+
+def _sampling_rate(steps: Sequence[StepMetrics]) -> float:
+    """Tokens per second of sampling, over all steps; engines that sample while ranks train do so
+    for longer than a batch is waited for."""
+    made = [(s.made_tokens or s.tokens, s.rollout_tokens_per_second) for s in steps]
+    seconds = sum(tokens / rate for tokens, rate in made if rate)
+    return sum(tokens for tokens, _ in made) / seconds if seconds else 0.0
+
+
+def _sampled(steps: Sequence[StepMetrics]) -> dict[str, Any]:
+    """What the summary says of the rollouts of these steps."""
+
+    def known(name: str) -> list[Any]:
+        return [value for step in steps if (value := getattr(step, name)) is not None]
+
+    sums = ("groups", "dropped", "made_tokens", "trained_tokens", "idle_seconds", "step_seconds")
+    means = ("staleness_mean", "continued", "utilisation")
+    return {
+        **{f"{name}_total": sum(known(name)) for name in sums if known(name)},
+        **{name: statistics.fmean(known(name)) for name in means if known(name)},
+        "staleness_max": max(known("staleness_max"), default=None),
+        "token_budget": max(known("token_budget"), default=None),
+    }
 
 
 def _measured(when: str, found: Evaluation | None) -> dict[str, Any]:

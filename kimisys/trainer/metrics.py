@@ -38,7 +38,7 @@ class StepMetrics:
     loss: float
     gradient_norm: float
     divergence: float
-    logprob_gap: float
+    logprob_gap: float | None  # None: no token of the step was of the weights that were trained
     probe_gap: float
     sync_bytes: int
     sync_seconds: float
@@ -62,6 +62,32 @@ class StepMetrics:
     """Bytes that the engines received."""
     full_bytes: int | None = None
     """Bytes that they would have received in full pulls of the same version."""
+    groups: int | None = None
+    """Finished groups, which the step trained; `tokens` are those of their completions."""
+    made_tokens: int | None = None
+    """Tokens that the engines wrote in the step, whichever completion they belong to."""
+    token_budget: int | None = None
+    """How many they were to write; not known where whole groups are waited for."""
+    trained_tokens: int | None = None
+    """Of `tokens`, those that count in the loss."""
+    masked_tokens: int | None = None
+    """Of `tokens`, those that do not: --loss-mask."""
+    staleness_mean: float | None = None
+    """Versions that a token of the groups is behind the weights that were trained, in the mean."""
+    staleness_max: int | None = None
+    """That of the stalest token."""
+    continued: float | None = None
+    """The share of the completions that more than one version wrote."""
+    dropped: int | None = None
+    """Groups that will never be trained."""
+    early_stopped: int | None = None
+    """Completions that were ended for repeating themselves."""
+    utilisation: float | None = None
+    """The share of the step's engine time in which something ran."""
+    idle_seconds: float | None = None
+    """Engine time in which nothing ran while the batch was waited for."""
+    stale_gap: float | None = None
+    """As logprob_gap, over the tokens of older versions: how far the policy has moved since."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +148,27 @@ class Summary:
     """Bytes that full pulls of the same versions would have been."""
     control_compared: int | None = None
     """Versions in which the engines agreed, bit for bit, with --control-engine."""
+    groups_total: int | None = None
+    """Groups that were trained; like those that follow, not known of runs before the scheduler."""
+    dropped_total: int | None = None
+    """Groups that were dropped."""
+    made_tokens_total: int | None = None
+    """Tokens that the engines wrote in RL steps."""
+    trained_tokens_total: int | None = None
+    """Tokens that counted in a loss."""
+    token_budget: int | None = None
+    """Tokens of an iteration, with --rollouts budget."""
+    staleness_mean: float | None = None
+    """Versions that a trained group's token was behind, mean of the steps."""
+    staleness_max: int | None = None
+    continued: float | None = None
+    """The share of completions that more than one version wrote, mean of the steps."""
+    utilisation: float | None = None
+    """The share of engine time in which something ran, mean of the steps."""
+    idle_seconds_total: float | None = None
+    """Engine time in which nothing ran while a batch was waited for."""
+    step_seconds_total: float | None = None
+    """Of all RL steps."""
 
 
 def open_records(path: Path, last_step: int | None = None) -> TextIO:

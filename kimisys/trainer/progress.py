@@ -30,7 +30,9 @@ class Progress:
     comes.
 
     task: its fingerprint. step: steps done in `phase`. version: last published. success_rates: of
-    the task's problems.
+    the task's problems. draws, offered: how often problems were drawn, and how many prompts were
+    offered to the rollouts. waiting: places of the problems that were drawn and neither trained nor
+    dropped, in the order in which they are offered again.
     before: the evaluation before RL. resumed_at: RL steps after which the run was resumed.
     seconds: spent before the last resume.
     """
@@ -41,6 +43,9 @@ class Progress:
     step: int = 0
     version: int = 0
     success_rates: list[float] = field(default_factory=list)
+    draws: int = 0
+    offered: int = 0
+    waiting: list[int] = field(default_factory=list)
     before: Evaluation | None = None
     resumed_at: list[int] = field(default_factory=list)
     seconds: float = 0.0

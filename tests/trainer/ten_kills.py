@@ -3,7 +3,7 @@
     python tests/trainer/ten_kills.py OUT [KILLS] [SEED]
 
 Ten minutes on two cores, so no part of `make test`; what it gave is in docs/log.md. Compare the
-outcome with that of an undisturbed run (`kimisys train`).
+outcome with that of an undisturbed run (`kimisys train --rollouts whole`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main(out: Path, kills: int, seed: int) -> None:
     base = [sys.executable, "-m", "kimisys.trainer.cli", "train"]
     for life in range(kills + 1):
         new = not (out / "config.json").exists()
-        command = [*base, "--out", str(out)] if new else [*base, "--resume", str(out)]
+        begun = ["--out", str(out), "--rollouts", "whole"] if new else ["--resume", str(out)]
+        command = [*base, *begun]
         with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
             run = subprocess.Popen(command, stdout=log, stderr=log)
         if life == kills:

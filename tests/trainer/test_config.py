@@ -11,6 +11,7 @@ import pytest
 
 from kimisys.errors import KimisysError
 from kimisys.trainer.config import ConfigError, RunConfig, SftConfig, ShapeConfig, TrainConfig
+from kimisys.trainer.rollouts import scheduler_config
 from kimisys.trainer.run_folder import (
     check_resumable,
     folder_of,
@@ -33,6 +34,15 @@ def test_the_recipe_itself_is_legal() -> None:
         ({"samples": 1}, "--samples is 1"),
         ({"minibatches": 5}, "--prompts 64 does not divide"),
         ({"control_engine": True, "freeze_engine": True}, "--freeze-engine leaves"),
+        ({"token_budget": -1}, "--token-budget is -1"),
+        ({"max_staleness": -1}, "--max-staleness"),
+        ({"mask_cap": 0.5}, "--mask-cap"),
+        ({"repetition_penalty": 0.1, "early_stop": False}, "--repetition-penalty needs"),
+        ({"repetition_penalty": 0.1, "rollouts": "whole"}, "--repetition-penalty needs"),
+        ({"deployment": "disaggregated", "rollouts": "whole"}, "needs --rollouts budget"),
+        ({"deployment": "disaggregated", "freeze_engine": True}, "need --deployment hybrid"),
+        ({"deployment": "disaggregated", "control_engine": True}, "need --deployment hybrid"),
+        ({"engines": 64, "pin_engines": True}, "--pin-engines: 64 engines"),
         ({"learning_rate": -1.0}, "--learning-rate"),
         ({"learning_rate": float("nan")}, "--learning-rate"),
         ({"tau": -0.1}, "--tau"),
@@ -171,3 +181,33 @@ def test_help_teaches() -> None:
     text = kimisys("train", "--help").stdout
     for option in ("--out", "--seed", "--steps", "--learning-rate", "--freeze-engine", "--tau"):
         assert option in text
+    for option in ("--rollouts", "--deployment", "--token-budget", "--max-staleness"):
+        assert option in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {},
+            {"token_budget": 900, "live_limit": 512, "groups": 0, "max_staleness": 4}
+            | {"deployment": "alternate", "placement": "kv_aware", "order": "probe_first"},
+        ),
+        (
+            {"deployment": "disaggregated", "live_limit": 7, "staleness": "admission"},
+            {"deployment": "overlap", "live_limit": 7, "staleness": "admission", "groups": 64},
+        ),
+        (
+            {"rollouts": "whole"},
+            {"token_budget": 0, "groups": 64, "over_issue": 1.0, "concurrency": "fixed"}
+            | {"placement": "group_round_robin", "order": "fifo", "deployment": "alternate"},
+        ),
+    ],
+)
+def test_what_the_scheduler_is_told(
+    options: dict[str, object], expected: dict[str, object]
+) -> None:
+    config = dataclasses.replace(TrainConfig(ready_timeout=2.5), **options)
+    fields = scheduler_config(config, token_budget=900).fields()
+    assert {name: fields[name] for name in expected} == expected
+    assert fields["lease_timeout"] == 2_500_000

@@ -1,5 +1,5 @@
 """What an iteration does when an engine refuses a version, when both sides disagree, and with the
-length reward; the ranks and engines are scripted, all else is real."""
+length reward; the ranks, the engines and the rollouts are scripted, all else is real."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import pytest
 from rich.console import Console
 
 from kimisys.errors import DigestError
+from kimisys.rollout import Batch, Group, Segment, Trajectory
+from kimisys.trainer.answers import judge
 from kimisys.trainer.config import TrainConfig
 from kimisys.trainer.display import Display
-from kimisys.trainer.engines import Sampling, Sync
+from kimisys.trainer.engines import Sync
 from kimisys.trainer.iteration import Iterations
 from kimisys.trainer.megatron_rank import Improved, Improvement
+from kimisys.trainer.metrics import StepMetrics
 from kimisys.trainer.progress import Progress
 from kimisys.trainer.ranks import Published
-from kimisys.trainer.rollout import judge
 from kimisys.trainer.task import Problem, Task, TaskError
 from kimisys.trainer.tokenizer import Tokenizer
 from kimisys.trainer.watch import EngineMismatchError, Watch
@@ -53,12 +55,12 @@ class ScriptedRanks:
 
 
 class ScriptedEngines:
-    """The first `damaged` versions arrive damaged. Every problem is answered with `texts`."""
-
-    def __init__(self, damaged: int = 0, says: float = -1.0, texts: Sequence[str] = ()) -> None:
-        self.damaged, self.says, self.texts = damaged, says, texts
+    """The first `damaged` versions arrive damaged."""
 
     count = 2
+
+    def __init__(self, damaged: int = 0, says: float = -1.0) -> None:
+        self.damaged, self.says = damaged, says
 
     def update(self, version: int, full: bool = False) -> Sync:
         if version <= self.damaged:
@@ -69,13 +71,40 @@ class ScriptedEngines:
         agreeing = np.full((3, 16), -1.0, np.float32)
         return [agreeing, np.full((3, 16), self.says, np.float32)]
 
-    def generate(self, prompts: Sequence[Any], how: Sampling, version: int) -> list[list[Any]]:
-        return [[sample_of(text) for text in self.texts] for _ in prompts]
+
+class ScriptedRollouts:
+    """Every prompt is answered with `texts`, by the version that is served, or so many versions
+    before."""
+
+    engines = 2
+
+    def __init__(self, run: Iterations, texts: Sequence[str], behind: int = 0) -> None:
+        self.run, self.texts, self.behind = run, texts, behind
+        self.published: list[int] = []
+        self.log = SimpleNamespace(batch=lambda *arguments: None)
+
+    def batch(self) -> Batch:
+        version = self.run.served - self.behind
+        groups = [
+            Group(i, prompt, tuple(trajectory(text, version) for text in self.texts))
+            for i, prompt in enumerate(self.run.prompts.offer(4))
+        ]
+        return Batch(0, groups, [], 10, 1.0, version)
+
+    def publish(self, version: int) -> None:
+        self.published.append(version)
+
+    def figures(self, batch: Batch) -> dict[str, Any]:
+        return {"rollout_seconds": 1.0, "rollout_tokens_per_second": 10.0}
+
+    def spans(self) -> list[Any]:
+        return []
 
 
-def sample_of(text: str) -> Any:
-    ids = [*TOKENIZER.encode(text), TOKENIZER.eos_id]
-    return SimpleNamespace(token_ids=ids, log_probs=[-0.5] * len(ids))
+def trajectory(text: str, version: int) -> Trajectory:
+    ids = np.array([*TOKENIZER.encode(text), TOKENIZER.eos_id], np.int32)
+    log_probs = np.full(len(ids), -0.5, np.float32)
+    return Trajectory((Segment(version, ids, log_probs, 0, 0.0, 1.0),), "stop")
 
 
 def task() -> Task:
@@ -87,19 +116,26 @@ def right_sum(problem: Problem, text: str, finished: bool) -> float:
     return float(finished and text.endswith("#" + problem.answer))
 
 
-def iterations(engines: ScriptedEngines, **changes: Any) -> tuple[Iterations, ScriptedRanks]:
-    config = dataclasses.replace(TrainConfig(), steps=10, prompts=4, samples=4, **changes)
+def iterations(
+    engines: ScriptedEngines | None = None, **changes: Any
+) -> tuple[Iterations, ScriptedRanks]:
+    options = {"steps": 10, "prompts": 4, "samples": 4, **changes}
+    config = dataclasses.replace(TrainConfig(), **options)
     ranks, progress = ScriptedRanks(), Progress(Watch(1e-3), "task")
-    made = Iterations(
+    return Iterations(
         config,
         task(),
         SimpleNamespace(tokenizer=TOKENIZER),  # type: ignore[arg-type]
         ranks,  # type: ignore[arg-type]
-        engines,  # type: ignore[arg-type]
+        engines or ScriptedEngines(),  # type: ignore[arg-type]
         progress,
         Display(Console(quiet=True), steps=1),
-    )
-    return made, ranks
+    ), ranks
+
+
+def steps(run: Iterations, texts: Sequence[str], count: int, behind: int = 0) -> list[StepMetrics]:
+    rollouts: Any = ScriptedRollouts(run, texts, behind)
+    return [run.step(step, rollouts) for step in range(1, count + 1)]
 
 
 def test_a_damaged_version_is_refused_and_published_anew() -> None:
@@ -134,10 +170,9 @@ def test_a_gap_beyond_the_bound_ends_the_run_unless_the_engine_is_frozen(gap: fl
 
 
 def test_the_length_reward_prefers_the_shorter_right_answer_from_its_step_on() -> None:
-    engines = ScriptedEngines(texts=[SHORT, LONG, WRONG, LONG])
-    run, ranks = iterations(engines, length_reward=0.2, length_reward_from=2)
+    run, ranks = iterations(length_reward=0.2, length_reward_from=2)
     run.sync()
-    first, second = run.step(1), run.step(2)
+    first, second = steps(run, [SHORT, LONG, WRONG, LONG], 2)
     assert ranks.work[0].rewards[:4].tolist() == [1.0, 1.0, 0.0, 1.0]
     # lengths 3, 8, 3, 8: λ = 0.5, -0.5, min(0, 0.5), -0.5
     np.testing.assert_allclose(ranks.work[1].rewards[:4], [1.1, 0.9, 0.0, 0.9], rtol=1e-6)
@@ -147,21 +182,21 @@ def test_the_length_reward_prefers_the_shorter_right_answer_from_its_step_on() -
 
 
 def test_the_curriculum_admits_the_easy_problems_first() -> None:
-    run, _ = iterations(ScriptedEngines(texts=[SHORT] * 4), curriculum=0.5)
+    run, _ = iterations(curriculum=0.5)
     run.sync()
-    steps = [run.step(step) for step in range(1, 7)]
-    admitted = [step.admitted for step in steps]
+    done = steps(run, [SHORT] * 4, 6)
+    admitted = [step.admitted for step in done]
     assert admitted[0] == 1 and admitted[-1] == 3
     assert admitted == sorted(admitted)  # type: ignore[type-var]
-    assert steps[0].difficulty == 0.0
+    assert done[0].difficulty == 0.0
 
 
 def test_what_syncs_moved_is_counted_by_step_and_in_all() -> None:
-    run, _ = iterations(ScriptedEngines(texts=[SHORT] * 4))
+    run, _ = iterations()
     run.sync()
-    steps = [run.step(1), run.step(2)]
-    assert [step.delta_density for step in steps] == [0.03, 0.045]  # the first version had no base
-    assert [(step.delta_bytes, step.full_bytes) for step in steps] == [(12, 500), (13, 500)]
+    done = steps(run, [SHORT] * 4, 2)
+    assert [step.delta_density for step in done] == [0.03, 0.045]  # the first version had no base
+    assert [(step.delta_bytes, step.full_bytes) for step in done] == [(12, 500), (13, 500)]
     watch = run._progress.watch
     assert watch.density == [0.03, 0.045]
     assert (watch.wire_nbytes, watch.full_nbytes) == (11 + 12 + 13, 1500)
@@ -174,10 +209,9 @@ def test_a_full_publication_has_no_density() -> None:
 
 
 def test_success_rates_are_tracked_and_travel_with_the_progress() -> None:
-    engines = ScriptedEngines(texts=[SHORT] * 4)
-    run, _ = iterations(engines, curriculum=0.0)
+    run, _ = iterations(curriculum=0.0)
     run.sync()
-    run.step(1)
+    steps(run, [SHORT] * 4, 1)
     assert min(run._progress.success_rates) > 0.7  # each was drawn, and solved every time
 
 
@@ -191,4 +225,45 @@ def test_a_checker_that_fails_is_an_error_of_the_task() -> None:
     for check, message in ((fails, "KeyError: 'no such unit'"), (graded, "gave 2.0")):
         bad = dataclasses.replace(task(), check=check)
         with pytest.raises(TaskError, match=message):
-            judge(bad, TOKENIZER, bad.problems[0], sample_of(SHORT))
+            judge(bad, TOKENIZER, bad.problems[0], TOKENIZER.encode(SHORT))
+
+
+def test_a_frozen_engine_is_told_of_nothing_newer() -> None:
+    run, ranks = iterations(freeze_engine=True)
+    run.sync()
+    rollouts: Any = ScriptedRollouts(run, [SHORT] * 4)
+    done = [run.step(step, rollouts) for step in (1, 2)]
+    assert (run.served, rollouts.published) == (1, [])
+    assert ranks.published == [1, 2, 3]
+    assert [step.staleness_max for step in done] == [0, 0]
+
+
+def test_engines_are_told_of_each_version() -> None:
+    run, _ = iterations()
+    run.sync()
+    rollouts: Any = ScriptedRollouts(run, [SHORT] * 4)
+    run.step(1, rollouts)
+    run.step(2, rollouts)
+    assert rollouts.published == [2, 3]
+
+
+def test_the_gap_is_that_of_the_tokens_of_the_served_version() -> None:
+    run, _ = iterations()
+    run.sync()
+    (fresh,) = steps(run, [SHORT] * 4, 1)
+    (stale,) = steps(run, [SHORT] * 4, 1, behind=1)
+    assert (fresh.logprob_gap, fresh.stale_gap) == (0.0, None)
+    assert (stale.logprob_gap, stale.stale_gap) == (None, 0.0)
+    assert (stale.staleness_mean, stale.staleness_max) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "minibatches", "expected"), [(4, 4, 4), (16, 4, 1), (64, 4, 1), (2, 2, 4)]
+)
+def test_a_minibatch_is_about_as_many_groups_whatever_the_batch(
+    prompts: int, minibatches: int, expected: int
+) -> None:
+    run, ranks = iterations(prompts=prompts, minibatches=minibatches)
+    run.sync()
+    steps(run, [SHORT] * 4, 1)  # four groups
+    assert ranks.work[0].minibatches == expected

@@ -16,7 +16,9 @@ from runs import read_until, start, start_run, wait_for_nothing
 from kimisys.reshard.safetensors import open_checkpoint
 from kimisys.trainer.metrics import read_metrics
 
-OPTIONS = ["--steps", "4", "--checkpoint-every", "1", "--length-reward-from", "2"]
+# whole iterations do the same again; with a budget it depends on what the clock interrupts
+WHOLE = ["--rollouts", "whole"]
+OPTIONS = ["--steps", "4", "--checkpoint-every", "1", "--length-reward-from", "2", *WHOLE]
 
 
 def finish(run: subprocess.Popen[str]) -> str:

@@ -46,6 +46,11 @@ class Actors:
         self._actors: dict[str, Any] = {}
         self._lifetimes: dict[Any, str] = {}
 
+    @property
+    def timeout_seconds(self) -> float:
+        """The longest that `wait` waits."""
+        return self._timeout
+
     def spawn(self, name: str, kind: type, environment: Mapping[str, str], *args: Any) -> None:
         """Begin to start `kind(*args)` in a process of its own with `environment` added."""
         remote: Any = ray.remote(kind).options(
@@ -89,6 +94,34 @@ class Actors:
             except (RayActorError, GetTimeoutError) as error:
                 raise ActorLostError(f"{name} is lost: {_brief(str(error))}") from error
         return {name: done[name] for name in pending}
+
+    def check(self) -> None:
+        """Raise ActorLostError, naming who died, if an actor did: for waits that wait for no
+        actor's answer."""
+        dead, _ = ray.wait([*self._lifetimes], num_returns=1, timeout=0)
+        if dead:
+            raise self._lost(dead[0])
+
+    async def answer(self, name: str, call: Any, seconds: float | None = None) -> Any:
+        """The result of `call`, which `begin` returned for the actor `name`, awaited for `seconds`
+        (None: as long as `wait` waits).
+
+        Raises as `wait` does, but knows of this actor's death alone. The call goes on when the
+        awaiting is cancelled.
+        """
+        limit = self._timeout if seconds is None else seconds
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(call.future()), limit)
+        except RayTaskError as error:
+            error.cause.add_note(f"raised in {name}")
+            raise error.cause from error
+        except RayActorError as error:
+            raise ActorLostError(f"{name} is lost: {_brief(str(error))}") from error
+        except TimeoutError as error:
+            raise ActorLostError(
+                f"no answer from {name} within {limit:.0f} s; see what it is doing, or give it "
+                "longer (--ready-timeout)"
+            ) from error
 
     def close(self, seconds: float) -> None:
         """End the actors: asked first, killed when they do not answer within `seconds`."""

@@ -13,25 +13,23 @@ state.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 import kimisys.errors
-from kimisys.adapters.vllm import environment
-from kimisys.adapters.vllm.loop import EngineError, EngineLoop, EngineTimeoutError, Sample
+from kimisys.adapters.vllm.build import EngineConfig, build, check, sampling
+from kimisys.adapters.vllm.loop import EngineLoop, EngineTimeoutError, Sample
 from kimisys.adapters.vllm.status import report
-from kimisys.errors import CheckpointError, VersionError
+from kimisys.adapters.vllm.steps import Steps
+from kimisys.errors import EngineError, VersionError
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["Engine", "EngineConfig", "EngineError", "EngineTimeoutError", "Sample"]
@@ -40,36 +38,6 @@ T = TypeVar("T")
 
 _CLOSE_SECONDS = 30.0
 _SECOND_HAND = {"PeerTimeoutError": 1, "PeerFailedError": 2}  # errors about other ranks
-_BLOCK_TOKENS = 32  # of a cache block: the smallest that the CPU's attention likes
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How to start an engine."""
-
-    model: Path
-    """Folder with a Hugging Face config.json; weights in it are not read."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations; publishers must publish in it."""
-    tensor_parallel: int = 1
-    """Ranks of the engine. One runs in this process, more are worker processes."""
-    max_length: int = 256
-    """Largest number of tokens in a prompt and its completion together."""
-    max_sequences: int = 512
-    """Sequences in one step."""
-    max_batched_tokens: int = 8192
-    """Tokens in one step: bounds the prompts that begin together."""
-    kv_cache_bytes: int = 512 << 20
-    """Memory of the key-value cache of a rank, allocated at start."""
-    prefix_caching: bool = False
-    """Keys and values of whole blocks of a prompt are found again by later prompts. Of no use for
-    prompts that are about as short as a block."""
-    threads: int = 2
-    """OpenMP threads of an engine in this process."""
-    seed: int = 0
-    """Of sampling, for calls that give none."""
-    timeout_seconds: float = 600.0
-    """Longest wait of a call for the engine, its turn included, and of the engine for its ranks."""
 
 
 class Engine:
@@ -89,6 +57,8 @@ class Engine:
         """Not for callers: see ``start``."""
         self.config = config
         self._loop = loop
+        self._steps: Steps | None = None
+        self._vocabulary = 0
         self._version: int | None = None
         self._broken = ""
 
@@ -96,13 +66,17 @@ class Engine:
     async def start(cls, config: EngineConfig) -> Engine:
         """Starts vLLM with random weights; the first update brings those that may be served.
 
-        Raises CheckpointError for a folder without a readable config.json, EngineError when vLLM
-        fails.
+        Raises CheckpointError for a folder without a readable config.json, ValueError for CPUs that
+        are not this process', EngineError when vLLM fails.
         """
-        _check_folder(config.model)
-        engine = cls(config, EngineLoop(lambda: _build(config)))
+        check(config)
+        engine = cls(config, EngineLoop(lambda: build(config)))
         try:
-            await engine._exclusive("start", lambda llm: None)
+            engine._steps = await engine._exclusive("start", Steps)
+            engine._loop.observe(engine._steps)
+            engine._vocabulary = await engine._exclusive(
+                "start", lambda llm: llm.model_config.get_vocab_size()
+            )
         except BaseException:
             with suppress(EngineTimeoutError):
                 engine._loop.close(0.0)
@@ -112,6 +86,33 @@ class Engine:
     @property
     def version(self) -> int | None:
         """Whose weights are served; None before the first update."""
+        return self._version
+
+    @property
+    def loop(self) -> EngineLoop:
+        """Its thread, for what is generated in other ways than by `generate`."""
+        return self._loop
+
+    @property
+    def steps(self) -> Steps:
+        """What its steps took, and how full it is."""
+        assert self._steps is not None  # as `start` has returned
+        return self._steps
+
+    def served(self, version: int | None = None) -> int:
+        """The version served. Raises VersionError when it is another than `version` or there is
+        none, EngineError when the engine serves no more."""
+        self._check_serving()
+        if self._version is None:
+            raise VersionError(
+                "no version is served yet: the engine started with random weights; publish one and "
+                "update to it"
+            )
+        if version is not None and version != self._version:
+            raise VersionError(
+                f"version {self._version} is served, asked was {version}; update the engine first, "
+                "or ask for what it serves"
+            )
         return self._version
 
     async def connect(
@@ -170,10 +171,12 @@ class Engine:
         max_tokens: per completion, with the stop token. temperature: 0 is greedy. seed: makes a
         call repeatable if nothing else is sampled at the same time. version: that must be served;
         None takes the one that is.
-        Raises VersionError, EngineError; ValueError for a prompt that is empty or too long.
+        Raises VersionError, EngineError; ValueError for a prompt that is empty, too long, or
+        not of the vocabulary.
         """
-        self._check_lengths(prompts, max_tokens)
-        params = _sampling(
+        for index, prompt in enumerate(prompts):
+            self.check(f"prompt {index}", prompt, max_tokens)
+        params = sampling(
             max_tokens=max_tokens,
             temperature=temperature,
             stop_token_ids=list(stop_token_ids),
@@ -181,7 +184,7 @@ class Engine:
         )
 
         def admit(llm: LLMEngine) -> int:
-            served = self._check_version(version)
+            served = self.served(version)
             if seed is not None:
                 self._rpc(llm, "kimisys_seed", seed=seed)
             return served
@@ -193,15 +196,14 @@ class Engine:
         """What the engine computes: float32[len(token_ids) - 1, vocab], a log-softmax in each row.
 
         Row i is the distribution of the token at i + 1 given those up to i, at temperature 1.
-        Raises VersionError, EngineError; ValueError for fewer than two tokens, or too many.
+        Raises VersionError, EngineError; ValueError for fewer than two tokens, too many,
+        or others than the vocabulary's.
         """
         if len(token_ids) < 2:
             raise ValueError(f"a probe needs at least two tokens, not {len(token_ids)}")
-        self._check_lengths([token_ids], 1)
-        params = _sampling(max_tokens=1, temperature=0.0, prompt_logprobs=-1)
-        future = self._loop.generate(
-            [token_ids], 1, params, lambda llm: self._check_version(version)
-        )
+        self.check("the probe", token_ids, 1)
+        params = sampling(max_tokens=1, temperature=0.0, prompt_logprobs=-1)
+        future = self._loop.generate([token_ids], 1, params, lambda llm: self.served(version))
         found = (await self._answer("probe", future))[0][0].prompt_log_probs
         assert found is not None  # as it was asked for
         return found
@@ -301,100 +303,18 @@ class Engine:
         if self._broken:
             raise EngineError(f"{self._broken}; restart the engine")
 
-    def _check_version(self, version: int | None) -> int:
-        self._check_serving()
-        if self._version is None:
-            raise VersionError(
-                "no version is served yet: the engine started with random weights; publish one and "
-                "update to it"
-            )
-        if version is not None and version != self._version:
-            raise VersionError(
-                f"version {self._version} is served, asked was {version}; update the engine first, "
-                "or ask for what it serves"
-            )
-        return self._version
-
-    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def check(self, name: str, token_ids: Sequence[int], max_tokens: int) -> None:
+        """Raises ValueError, saying `name`, for what vLLM would cut short or die of."""
         if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+            raise ValueError(f"{name}: max_tokens is {max_tokens}; it must be at least 1")
         room = self.config.max_length - max_tokens
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= room:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens; with max_tokens {max_tokens} it may "
-                    f"have 1 to {room}, as the engine's max_length is {self.config.max_length}"
-                )
-
-
-def _build(config: EngineConfig) -> LLMEngine:
-    """The vLLM engine; called in the thread that will step it."""
-    environment.apply(config.tensor_parallel)
-    import torch
-
-    torch._dynamo.config.disable = True  # TORCHDYNAMO_DISABLE, for a process that has torch already
-    torch.set_num_threads(config.threads)
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    from kimisys.adapters.vllm import plugin
-
-    plugin.register()
-    _register_models(config.model)
-    arguments = EngineArgs(
-        model=str(config.model),
-        dtype=config.dtype,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        tensor_parallel_size=config.tensor_parallel,
-        max_model_len=config.max_length,
-        max_num_seqs=config.max_sequences,
-        max_num_batched_tokens=max(config.max_batched_tokens, config.max_length),
-        kv_cache_memory_bytes=config.kv_cache_bytes,
-        block_size=_BLOCK_TOKENS,
-        enable_prefix_caching=config.prefix_caching,
-        logprobs_mode="processed_logprobs",
-        max_logprobs=-1,
-        seed=config.seed,
-        disable_log_stats=True,
-        weight_transfer_config={"backend": plugin.BACKEND},  # type: ignore[arg-type]
-        worker_extension_cls="kimisys.adapters.vllm.weight_transfer.WorkerReport",
-    )
-    return LLMEngine.from_engine_args(arguments)
-
-
-def _register_models(folder: Path) -> None:
-    """Imports the model's class here; vLLM would inspect it in a child process (10 s, once)."""
-    from vllm.model_executor.models import ModelRegistry
-
-    for name in json.loads((folder / "config.json").read_text())["architectures"]:
-        known = ModelRegistry.models.get(name)
-        load = getattr(known, "load_model_cls", None)
-        if load is not None:
-            ModelRegistry.register_model(name, load())
-
-
-def _check_folder(folder: Path) -> None:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}; give a folder with a Hugging Face config.json"
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("architectures"), list):
-        raise CheckpointError(
-            f"{path} does not name its architectures, so vLLM does not know what to build; add "
-            '"architectures", for example ["Qwen3ForCausalLM"]'
-        )
-
-
-def _sampling(**options: Any) -> SamplingParams:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    # ignore_eos: only the caller's stop tokens end a sample, not what config.json calls eos.
-    return SamplingParams(
-        ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **options
-    )
+        if not 0 < len(token_ids) <= room:
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens; with max_tokens {max_tokens} it may have 1 "
+                f"to {room}, as the engine's max_length is {self.config.max_length}"
+            )
+        if min(token_ids) < 0 or max(token_ids) >= self._vocabulary:
+            raise ValueError(
+                f"{name} has tokens from {min(token_ids)} to {max(token_ids)}; the vocabulary of "
+                f"{self.config.model} has those from 0 to {self._vocabulary - 1}"
+            )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from contextlib import suppress
 
 
 def environment(threads: int = 2) -> dict[str, str]:
@@ -57,6 +59,19 @@ def apply(tensor_parallel: int) -> None:
     if tensor_parallel > 1:
         # The CPU build wants one NUMA node per rank, or to be told whose cores are whose.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _binding(tensor_parallel))
+
+
+def pin(cpus: Collection[int]) -> None:
+    """Lets this process' threads, present and future, and its future children run on `cpus` alone.
+
+    Of no effect when there are none. The CPUs must be among those that the caller may use.
+    """
+    if not cpus:
+        return
+    os.sched_setaffinity(0, cpus)  # inherited by the threads that this one starts
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended since
+            os.sched_setaffinity(int(thread), cpus)
 
 
 def _binding(ranks: int) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kimisys.adapters.vllm.loop import EngineError, EngineLoop
+from kimisys.adapters.vllm.loop import EngineLoop, Live, Observer
+from kimisys.errors import EngineError
 
 SECONDS = 20.0
 
@@ -180,3 +181,68 @@ def test_closing_fails_what_is_running(loop: EngineLoop, engine: CountingEngine)
     assert isinstance(running.exception(SECONDS), EngineError)
     with pytest.raises(EngineError, match="closed"):
         loop.exclusive(lambda _: None)
+
+
+class Told(Observer):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.ends: list[tuple[str, bool]] = []
+
+    def step_ended(self, new_tokens: int) -> None:
+        self.steps.append(new_tokens)
+
+    def ended(self, error: EngineError, closed: bool) -> None:
+        self.ends.append((str(error), closed))
+
+
+class Counted(Live):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def collect(self, output: Any) -> bool:
+        self.tokens += output.new_token_ids
+        return output.finish_reason is not None
+
+
+def test_shared_calls_keep_their_turn_and_soon_does_not(
+    loop: EngineLoop, engine: CountingEngine
+) -> None:
+    """A call that shares the engine waits for an exclusive one before it; an urgent one for none,
+    and can end what the exclusive one waits for."""
+    order: list[str] = []
+    core, live = engine.engine_core, Counted()
+
+    def begin(llm: Any) -> None:
+        loop.add(llm, loop.request(llm, [1], 1 << 60), live)  # type: ignore[arg-type]
+        order.append("begun")
+
+    core.may_step.clear()
+    loop.shared(begin)
+    running = generate(loop, 5)
+    exclusive = loop.exclusive(lambda _: order.append("exclusive"))
+    behind = loop.shared(lambda _: order.append("behind"))
+    core.may_step.set()
+    assert len(running.result(SECONDS)[0][0].token_ids) == 5
+    assert order == ["begun"]
+    loop.soon(lambda llm: (order.append("soon"), loop.drop(llm, list(core.live))))
+    behind.result(SECONDS)
+    assert exclusive.done() and order == ["begun", "soon", "exclusive", "behind"]
+    assert live.tokens == list(range(1, len(live.tokens) + 1)) and len(live.tokens) >= 5
+    loop.soon(lambda _: order.append("woken"))
+    loop.exclusive(lambda _: None).result(SECONDS)
+    assert order[-1] == "woken"
+
+
+def test_observers_hear_of_steps_and_of_the_end(loop: EngineLoop, engine: CountingEngine) -> None:
+    told = Told()
+    loop.observe(told)
+    generate(loop, 3, samples=2).result(SECONDS)
+    loop.exclusive(lambda _: None).result(SECONDS)
+    assert told.steps == [2, 2, 2] and not told.ends
+    engine.engine_core.fails_at = 5
+    assert isinstance(generate(loop, 9).exception(SECONDS), EngineError)
+    loop.close(SECONDS)
+    ((reason, closed),) = told.ends
+    assert "no block left" in reason and not closed
+    with pytest.raises(EngineError, match="no block left"):
+        loop.observe(told)

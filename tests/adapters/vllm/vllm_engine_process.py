@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import kimisys.errors
-from kimisys.adapters.vllm.engine import Engine, EngineConfig, EngineError
+from kimisys.adapters.vllm.engine import Engine, EngineConfig
 from kimisys.adapters.vllm.environment import environment
 
 START_SECONDS = 300.0
@@ -29,10 +30,14 @@ ANSWER_SECONDS = 120.0
 
 
 class EngineProcess:
-    """The parent's side. Calls may overlap: `begin` returns a number that `wait` waits for."""
+    """The parent's side. Calls may overlap: `begin` returns a number that `wait` waits for.
+
+    script: the child."""
+
+    script = __file__
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        command = [sys.executable, __file__, json.dumps({"model": str(folder), **options})]
+        command = [sys.executable, self.script, json.dumps({"model": str(folder), **options})]
         self._child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -86,7 +91,7 @@ class EngineProcess:
         answer = self._answers.pop(call)
         if "error" in answer:
             kind, message = answer["error"]
-            known = {"EngineError": EngineError, "ValueError": ValueError}
+            known = {"ValueError": ValueError}
             raise getattr(kimisys.errors, kind, known.get(kind, AssertionError))(message)
         return answer["result"]
 
@@ -104,9 +109,13 @@ class EngineProcess:
         return self._lines.popleft()
 
 
-async def serve(options: dict[str, Any], answers: int) -> None:
-    """The child's side: one line in, one line out, until the input ends."""
+async def serve(
+    options: dict[str, Any], answers: int, serving: Callable[[Engine], Any] = lambda engine: engine
+) -> None:
+    """The child's side: one line in, one line out, until the input ends. serving: whose methods are
+    called, made of the engine."""
     engine = await Engine.start(EngineConfig(Path(options.pop("model")), **options))
+    served = serving(engine)
     running: set[asyncio.Task[None]] = set()
 
     def answer(**fields: Any) -> None:
@@ -114,7 +123,7 @@ async def serve(options: dict[str, Any], answers: int) -> None:
 
     async def handle(request: dict[str, Any]) -> None:
         try:
-            method = getattr(engine, request["method"])
+            method = getattr(served, request["method"])
             result = await method(*request["args"], **request["options"])
             answer(id=request["id"], result=plain(result))
         except Exception as error:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kimisys.adapters.vllm.engine import Sample
-from kimisys.trainer.batch import Batch, make_batch
 from kimisys.trainer.engines import Engines, Sampling
 from kimisys.trainer.task import Problem, Task, TaskError
 from kimisys.trainer.tokenizer import Tokenizer
@@ -33,17 +31,12 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """Samples of one version, grouped by problem: sample j of problem i is row i · samples + j.
+class Answers:
+    """Judged completions of some problems, one a row. groups: int64[rows], the problem of each,
+    numbered from 0. seconds: that they took."""
 
-    groups: int64[rows], the problem of each row. engine_log_probs: float32 like batch.mask, what
-    the engine sampled with, zero outside the completions. seconds: of the sampling.
-    """
-
-    batch: Batch
     completions: Sequence[Completion]
     groups: np.ndarray
-    engine_log_probs: np.ndarray
     seconds: float
 
     @property
@@ -91,33 +84,29 @@ def sample(
     temperature: float,
     seed: int,
     version: int,
-) -> Rollouts:
-    """Let the engines complete each problem `samples` times under `version`, and check the
-    answers. Raises TaskError when the task's checker fails."""
+) -> Answers:
+    """Let the engines complete each problem `samples` times under `version`, all at once, and check
+    the answers; row i · samples + j is sample j of problem i. Raises TaskError when the task's
+    checker fails."""
     prompts = [tokenizer.encode_prompt(problem.prompt) for problem in problems]
     how = Sampling(samples, temperature, task.max_completion_tokens, [tokenizer.eos_id], seed)
     start = time.perf_counter()
     answered = engines.generate(prompts, how, version)
     seconds = time.perf_counter() - start
-    rows = [(i, one) for i, group in enumerate(answered) for one in group]
-    ids = [list(one.token_ids) for _, one in rows]
-    batch = make_batch([prompts[i] for i, _ in rows], ids, tokenizer.pad_id)
-    engine_log_probs = np.zeros_like(batch.mask)
-    for row, (_, one) in enumerate(rows):
-        engine_log_probs[row][batch.mask[row] > 0] = one.log_probs
-    return Rollouts(
-        batch,
-        [judge(task, tokenizer, problems[i], one) for i, one in rows],
+    rows = [(i, one.token_ids) for i, group in enumerate(answered) for one in group]
+    return Answers(
+        [judge(task, tokenizer, problems[i], ids) for i, ids in rows],
         np.array([i for i, _ in rows], np.int64),
-        engine_log_probs,
         seconds,
     )
 
 
-def judge(task: Task, tokenizer: Tokenizer, problem: Problem, one: Sample) -> Completion:
-    """What the task's checker says of a sample. Raises TaskError when it fails or answers with
+def judge(
+    task: Task, tokenizer: Tokenizer, problem: Problem, token_ids: Sequence[int]
+) -> Completion:
+    """What the task's checker says of a completion. Raises TaskError when it fails or answers with
     something that is no reward."""
-    ids = list(one.token_ids)
+    ids = list(token_ids)
     finished = bool(ids) and ids[-1] == tokenizer.eos_id
     text = tokenizer.decode(ids[:-1] if finished else ids)
     try:
