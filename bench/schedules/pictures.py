@@ -139,7 +139,8 @@ def draw(path: Path, panels: tuple[Panel, ...]) -> None:
     """Write `path` (SVG)."""
     with rc_context({**STYLE, "font.size": 8, "svg.fonttype": "none"}):
         figure = Figure(figsize=(6.4, 0.45 + 1.15 * len(panels)), layout="constrained")
-        for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels):
+        rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, panel in zip(rows, panels, strict=True):
             _draw(axes, panel)
         figure.savefig(path, metadata={"Date": None})
 

@@ -17,8 +17,8 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from kimisys._core.rollout import Lots
 
+from kimisys._core.rollout import Lots
 from kimisys.errors import WorkloadError
 
 Floats = npt.NDArray[np.float64]

@@ -60,7 +60,8 @@ def calibrate(folder: Path, config: SimulateConfig, console: Console) -> None:
     console.print(
         f"rollouts of {prediction.batches} batches: measured {prediction.measured:.2f} s, "
         f"simulated {prediction.simulated:.2f} s ({prediction.error:+.1%}); "
-        f"{prediction.unfinished:,} of {prediction.begun:,} trajectories had not ended, their lengths are drawn.",
+        f"{prediction.unfinished:,} of {prediction.begun:,} trajectories had not ended: their "
+        "lengths are drawn.",
         highlight=False,
     )
     if config.json is not None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kimisys._core.rollout import Lots
 from scipy import stats
 
+from kimisys._core.rollout import Lots
 from kimisys.errors import WorkloadError
 from kimisys.rollout.workload import (
     TAIL,
