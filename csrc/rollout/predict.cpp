@@ -12,8 +12,9 @@ constexpr double kLeastCorrelation = 0.1;
 constexpr double kPriorGroups = 8;
 // A prediction from siblings that the trajectory itself has outgrown this far says nothing more.
 constexpr double kLeastProbability = 0.02;
-// Standard deviations to what a length reaches once in a thousand.
-constexpr double kFar = 3;
+// Standard deviations to where no length of a batch lies. Of n normal ones the farthest lies at
+// sqrt(2 ln n), 4.3 for 10,000; the deviation is itself an estimate.
+constexpr double kFar = 5;
 // A change of the logarithm's mean, of its variance or of the correlation that counts.
 constexpr double kChange = 0.05;
 // Beyond this many lengths, and this many times those alive, old ones fade.

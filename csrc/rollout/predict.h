@@ -23,8 +23,14 @@ class Predictor {
   // Output tokens still to come, in expectation: at least 1, at most what its limit leaves. O(k).
   double rest(const State& state, Slot trajectory) const;
 
-  // Output tokens that may still come at the most, but for one of a thousand; as `rest` else. In an
-  // iteration that must finish everything this is what its end is late by. O(k).
+  // As `rest`, without asking the siblings. O(1).
+  double rest_alone(const Trajectory& trajectory) const {
+    return lengths_.rest(static_cast<double>(trajectory.tokens),
+                         static_cast<double>(trajectory.limit));
+  }
+
+  // Output tokens that may still come at the most, as far as anything in a batch goes; as `rest`
+  // else. In an iteration that must finish everything this is what may make its end late. O(k).
   double potential(const State& state, Slot trajectory) const;
 
   // The median length, as a measure of what is long.
