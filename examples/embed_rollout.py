@@ -46,7 +46,7 @@ async def main(batches: int) -> None:
         try:
             wait = None if due is None else max(0, due - now) / 1e6
             event, *about = await asyncio.wait_for(news.get(), wait)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             event, about = "elapsed", []
         for action in getattr(scheduler, event)(time.monotonic_ns() // 1000, *about):
             if action.kind in ("start", "continue"):  # token ids: the prompt and those so far

@@ -173,8 +173,11 @@ class World(RuleBasedStateMachine):
             assert action.count <= self.config.groups
         if not self.config.token_budget:
             assert action.count == self.config.groups
-        else:
-            assert self.spent >= self.config.token_budget
+        elif self.spent < self.config.token_budget:
+            # Only admission may hold back what would be needed to spend it.
+            assert self.config.staleness == "admission" and not self.leases
+            left = [s for g, samples in self.groups.items() if g not in self.gone for s in samples]
+            assert all(s.finished or not s.tokens for s in left)
         if self.config.deployment == "alternate":
             assert not self.leases, "the engines are at rest when the trainer's turn comes"
         self.ready, self.batch, self.spent = False, [], 0
