@@ -48,6 +48,8 @@ class Rollouts:
             seed=config.seed,
             repetition=RepetitionConfig() if config.partial and config.early_stop else None,
             trace=log.trace,
+            # the engines' clients give up earlier, by name; following a version takes three calls
+            command_timeout=4 * config.ready_timeout,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
@@ -148,8 +150,8 @@ class Rollouts:
             try:
                 return future.result(_LOOK_SECONDS)
             except TimeoutError:
-                if future.done():
-                    raise
+                if future.done():  # meanwhile, or of a TimeoutError of its own
+                    return future.result()
                 self._alive()
 
     def _started(self) -> Driver:
