@@ -170,7 +170,8 @@ async def _cancel_others() -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    if others:
+        await asyncio.wait(others, timeout=CLOSE_SECONDS / 2)
 
 
 def scheduler_config(config: TrainConfig, token_budget: int) -> Config:

@@ -81,7 +81,8 @@ def engine_fields(name: str) -> dict[str, Any]:
         )
     for field, value in record.items():
         whole = field in {"kv_capacity", "max_sequences"}
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        kinds: tuple[type, ...] = (int,) if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
             raise ConfigError(
                 f"--engine: {field} of {name} is {value!r}; it must be "
                 f"{'a whole number' if whole else 'a number of seconds'}"

@@ -175,7 +175,6 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
         replay(tmp_path / "text", partial=True)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_disk_that_is_full_is_named() -> None:
     with pytest.raises(SchedulerError, match="cannot write the trace /dev/full: No space"):
         Trace(Path("/dev/full"), BUDGET)

@@ -79,6 +79,16 @@ def test_one_trajectory_alone_takes_what_the_model_says(tmp_path: Path) -> None:
     assert written["offline"]["bound"] <= written["offline"]["schedule"] * (1 + 1e-9)
 
 
+def test_what_lies_between_two_batches_is_charged(tmp_path: Path) -> None:
+    policy = ["--policy", "least_loaded"]
+    (bare,) = simulated(tmp_path, *SMALL, *policy)["policies"]
+    times = ["--train-base", "3", "--train-token", "0.01", "--reward-latency", "20"]
+    (whole,) = simulated(tmp_path, *SMALL, *policy, *times)["policies"]
+    between = 2 * (3 + 20) + 0.01 * bare["tokens"]
+    assert whole["seconds"] == pytest.approx(bare["seconds"] + between)
+    assert whole["iterations"] == pytest.approx(bare["iterations"])
+
+
 def test_a_seed_gives_the_same_again(tmp_path: Path) -> None:
     first, again = (simulated(tmp_path, *SMALL) for _ in range(2))
     assert first == again
