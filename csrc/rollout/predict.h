@@ -23,6 +23,12 @@ class Predictor {
   // Output tokens still to come, in expectation: at least 1, at most what its limit leaves. O(k).
   double rest(const State& state, Slot trajectory) const;
 
+  // As `rest`, without asking the siblings. O(1).
+  double rest_alone(const Trajectory& trajectory) const {
+    return lengths_.rest(static_cast<double>(trajectory.tokens),
+                         static_cast<double>(trajectory.limit));
+  }
+
   // Output tokens that may still come at the most, as far as anything in a batch goes; as `rest`
   // else. In an iteration that must finish everything this is what may make its end late. O(k).
   double potential(const State& state, Slot trajectory) const;
