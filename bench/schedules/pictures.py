@@ -130,7 +130,9 @@ def draw(path: Path, panels: tuple[Panel, ...]) -> None:
     """Write `path` (SVG)."""
     with rc_context({**STYLE, "font.size": 8}):
         figure = Figure(figsize=(6.4, 0.45 + 1.15 * len(panels)), layout="constrained")
-        for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels):
+        for axes, panel in zip(
+            figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
+        ):
             _draw(axes, panel)
         figure.savefig(path, metadata={"Date": None})
 
