@@ -43,6 +43,21 @@ Candidate best_move(const State& state, const Predictor& predictor, const Load& 
   return best;
 }
 
+// A small cache is full while its steps are still short: what it has no room for goes to a larger
+// one, the one with the shortest steps that has room.
+EngineId larger(const State& state, const Predictor& predictor, std::int64_t capacity,
+                Slot trajectory) {
+  const Engine* best = nullptr;
+  for (const Engine& engine : state.engines) {
+    if (!serves(state, engine) || engine.kv_capacity <= capacity) continue;
+    if (best != nullptr && step_time(state.config, engine) >= step_time(state.config, *best)) {
+      continue;
+    }
+    if (has_room(state, predictor, engine, trajectory)) best = &engine;
+  }
+  return best == nullptr ? kNoEngine : best->id;
+}
+
 }  // namespace
 
 EngineId place_kv(const State& state, const Predictor& predictor, Slot trajectory) {
@@ -64,9 +79,9 @@ EngineId place_kv(const State& state, const Predictor& predictor, Slot trajector
       least = step;
     }
   }
-  if (best == nullptr || !serves(state, *best) || !has_room(state, predictor, *best, trajectory))
-    return kNoEngine;
-  return best->id;
+  if (best == nullptr || !serves(state, *best)) return kNoEngine;
+  if (has_room(state, predictor, *best, trajectory)) return best->id;
+  return larger(state, predictor, best->kv_capacity, trajectory);
 }
 
 std::vector<Slot> moves(const State& state, const Predictor& predictor) {
