@@ -1,4 +1,6 @@
 // Leases: one attempt at a segment each, from its start to its end or death.
+#include <algorithm>
+
 #include "rollout/budget.h"
 #include "rollout/machine.h"
 
@@ -70,6 +72,8 @@ void Machine::arrive(Slot slot, std::int64_t tokens) {
   trajectory.tokens += tokens;
   trajectory.failures = 0;
   engine.kv_tokens += tokens;
+  // Heard of now; the next report says what else there is.
+  engine.kv_unheard = std::max<std::int64_t>(0, engine.kv_unheard - tokens);
   spent += tokens;
 }
 
@@ -93,7 +97,10 @@ void Machine::release(Slot slot) {
     }
     versions.back().tokens += tokens;
   }
-  if (engine.leases.empty()) idle(engine);
+  if (engine.leases.empty()) {
+    engine.kv_unheard = 0;
+    idle(engine);
+  }
 }
 
 void Machine::wait(Slot slot) {
