@@ -18,10 +18,11 @@ enum class Deployment : std::uint32_t { kAlternate, kOverlap };
 // kKvAware, but what has begun on an engine stays there while that has room.
 enum class Placement : std::uint32_t { kGroupRoundRobin, kLeastLoaded, kKvAware, kSticky };
 
-// Which waiting trajectory goes first; what has begun before what has not, but for one exception
-// that queue.h explains.
+// Which waiting trajectory goes first (queue.h); what has begun goes before what has not.
 // kFifo: as offered. kLongestFirst: longest predicted rest first. kProbeFirst: one sample of each
-// group before the others, whose length its siblings are then predicted from, longest first.
+// group before the others, whose length its siblings are then predicted from, longest first. In
+// iterations that end when everything has finished (no token_budget, over_issue or live_limit) the
+// others go by what they may yet take at the most, begun or not, and what runs yields to them.
 enum class Order : std::uint32_t { kFifo, kLongestFirst, kProbeFirst };
 
 // What happens to a group that would grow too stale (staleness.h). kWait: its iteration does not

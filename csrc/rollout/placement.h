@@ -15,7 +15,7 @@ EngineId place(const State& state, const Predictor& predictor, Slot trajectory);
 
 // When nothing waits: running trajectories to pause because another engine would gain more by
 // having them than computing their KV again costs. Empty for policies that move nothing. They are
-// then placed by `place`. O(engines) where there is nothing to do.
+// then placed by `place`. One at a time; O(engines).
 std::vector<Slot> moves(const State& state, const Predictor& predictor);
 
 // Whether a running trajectory is to be paused for `waiting`, the first of the queue, which may yet
