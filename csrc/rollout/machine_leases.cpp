@@ -59,6 +59,7 @@ void Machine::pause(Slot slot) {
   Trajectory& trajectory = state.trajectories[slot];
   if (trajectory.phase != Phase::kRunning) return;
   trajectory.phase = Phase::kPausing;
+  ++state.engines[trajectory.engine_place].pausing;
   trajectory.since = state.now;
   act(ActionKind::kPause, slot).deadline = Deadlines::of(state, trajectory);
 }
@@ -85,6 +86,7 @@ void Machine::release(Slot slot) {
   state.trajectories[last].lease_place = trajectory.lease_place;
   engine.leases.pop_back();
   --engine.sequences;
+  if (trajectory.phase == Phase::kPausing) --engine.pausing;
   engine.kv_tokens -= state.context(slot);
   --running;
   trajectory.phase = Phase::kFree;

@@ -14,8 +14,7 @@ constexpr double kHysteresis = 8;
 
 struct Load {
   const Engine* engine = nullptr;
-  double step = 0;      // microseconds
-  bool leaves = false;  // something there is pausing
+  double step = 0;  // microseconds
 };
 
 bool lighter(const Load& left, const Load& right) { return left.step < right.step; }
@@ -37,7 +36,6 @@ Candidate best_move(const State& state, const Predictor& predictor, const Load& 
   for (std::size_t i = 0; i < leases.size(); i += leases.size() / kLooked + 1) {
     const Slot slot = leases[i];
     const Trajectory& trajectory = state.trajectories[slot];
-    if (trajectory.phase != Phase::kRunning) return {};  // one after the other
     const auto context = static_cast<double>(state.context(slot));
     const double own = config.sequence_cost + config.kv_cost * context;
     const double gained = predictor.rest_alone(trajectory) * (from.step - to.step - own);
@@ -101,7 +99,9 @@ std::vector<Slot> moves(const State& state, const Predictor& predictor) {
     if (hot.engine == nullptr || lighter(hot, load)) hot = load;
     if (cold.engine == nullptr || lighter(load, cold)) cold = load;
   }
-  if (hot.engine == nullptr || hot.step - cold.step < least_gain) return moved;
+  // One after the other: until it has gone the engine seems as full as before.
+  if (hot.engine == nullptr || hot.engine->pausing > 0) return moved;
+  if (hot.step - cold.step < least_gain) return moved;
   const Candidate best = best_move(state, predictor, hot, cold);
   if (best.slot == kNoSlot || !has_room(state, predictor, *cold.engine, best.slot)) return moved;
   moved.push_back(best.slot);

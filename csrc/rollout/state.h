@@ -66,6 +66,7 @@ struct Engine {
   std::int64_t kv_tokens = 0;       // prompts and outputs of its leases
   std::int64_t kv_unheard = 0;      // KV tokens that it said were in use beyond those
   std::int64_t sequences = 0;       // leases
+  std::int64_t pausing = 0;         // of those, asked to pause
   std::int64_t since = 0;           // microseconds: when it came into its phase
   std::vector<Slot> leases;         // in no order
 };
