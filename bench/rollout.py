@@ -44,6 +44,15 @@ def _timed(times: list[float], call: Callable[[], object]) -> None:
     times.append(time.process_time() - start)
 
 
+def _filled(config: Config, world: World, events: int) -> PlainScheduler:
+    """A plain scheduler that has been told the first `events`, its answers forgotten."""
+    machine = PlainScheduler(config.token_budget, config.groups)
+    for _, call in world.records[:events]:
+        call(machine)
+    machine.answers.clear()
+    return machine
+
+
 def scheduling(
     name: str, config: Config, live: int, engines: int, count: int, plain: bool = True
 ) -> Case:
@@ -67,11 +76,8 @@ def scheduling(
     def ours() -> None:
         actions[:] = [schedulers[0].handle(events)]
 
-    for _ in range(PLAIN_ROUNDS if plain else 0):
-        plains.append(PlainScheduler(config.token_budget, config.groups))
-        for _, call in world.records[:filled]:
-            call(plains[-1])
-        plains[-1].answers.clear()
+    if plain:
+        plains += [_filled(config, world, filled) for _ in range(PLAIN_ROUNDS)]
     waiting = list(plains)
 
     def plainly() -> None:
@@ -116,12 +122,12 @@ def _schedulers() -> Iterator[Case]:
     yield scheduling("whole iterations", whole, LIVE, ENGINES, 500_000)
     yield scheduling("token budget", budget, LIVE, ENGINES, 500_000)
     # What users run: predictions, placement by step times, room in caches that are not full.
-    for name, fields in (("whole iterations", {"groups": 40_000}),
-                         ("token budget", {"token_budget": 3_000_000})):  # fmt: skip
-        default = Config(lease_timeout=NEVER, **fields)
-        yield scheduling(
-            f"{name} by the default policies", default, LIVE, ENGINES, 500_000, plain=False
-        )
+    for name, default in (
+        ("whole iterations", Config(lease_timeout=NEVER, groups=40_000)),
+        ("token budget", Config(lease_timeout=NEVER, token_budget=3_000_000)),
+    ):
+        policies = f"{name} by the default policies"
+        yield scheduling(policies, default, LIVE, ENGINES, 500_000, plain=False)
 
 
 def detecting(name: str, tokens: np.ndarray, rare: bool) -> Case:

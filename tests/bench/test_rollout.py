@@ -54,9 +54,9 @@ def test_the_case_of_the_scheduler_checks_and_agrees() -> None:
     assert case.agree()
 
 
-@pytest.mark.parametrize("fields", [{"groups": 30}, {"token_budget": 20_000}], ids=str)
-def test_the_default_policies_are_timed_too(fields: dict[str, int]) -> None:
-    case = scheduling("default", Config(**fields), live=100, engines=4, count=3000, plain=False)
+@pytest.mark.parametrize("config", [Config(groups=30), Config(token_budget=20_000)], ids=repr)
+def test_the_default_policies_are_timed_too(config: Config) -> None:
+    case = scheduling("default", config, live=100, engines=4, count=3000, plain=False)
     case.before()
     case.ours()
     assert case.correct()
