@@ -32,7 +32,7 @@ class Queue {
 
   // The next, without taking it out; kNoSlot: none. Where it is refused because no engine has
   // room, the others would be too. O(1).
-  Slot front(const State& state) const;
+  Slot front() const;
 
   std::size_t size() const { return order_.size(); }
   std::size_t begun() const { return begun_; }  // of those, how many have tokens
