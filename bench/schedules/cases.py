@@ -30,10 +30,10 @@ class Study:
     are chosen; search: engine lists that the offline search times in each batch."""
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    tuning: tuple[int, ...] = (101, 102)
+    tuning: tuple[int, ...] = (101,)
     whole_iterations: int = 3
-    warm_up: int = 4
-    iterations: int = 6
+    warm_up: int = 8
+    iterations: int = 4
     search: int = 20_000
 
 
@@ -80,7 +80,7 @@ class Case:
             token_budget=round(self.groups * SAMPLES * mean_length(lots)),
             iterations=study.whole_iterations if policy.whole else study.iterations,
             warm_up=0 if policy.whole else study.warm_up,
-            report_interval=1.0,
+            report_interval=4.0,
         )
 
 

@@ -20,7 +20,7 @@ from kimisys.rollout.workload import Prompts, lognormal
 from kimisys.trainer.gantt import Bars, draw_gantt
 from kimisys.trainer.simulate_plot import STYLE, batch_ends
 
-ENGINES, SEQUENCES, SAMPLES, GROUPS = 3, 4, 4, 6
+ENGINES, SEQUENCES, SAMPLES = 3, 4, 4
 _PLAIN = {"placement": "least_loaded", "order": "fifo", "concurrency": "fixed"}
 
 
@@ -35,9 +35,14 @@ class Panel:
     """Whether colours are groups', and not versions'."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     train: float = 0.0
+    groups: int = 6
+    correlation: float = 0.6
+    seed: int = 4
 
 
 BUDGET = 3000
+_ORDER: dict[str, Any] = {"by_group": True, "groups": 9, "correlation": 0.9, "seed": 6}
+_TIGHT = {"kv_capacity": 700, "max_sequences": 8, "prefill_token": 1e-3}
 
 PICTURES: dict[str, tuple[Panel, ...]] = {
     "group-round-robin": (
@@ -46,22 +51,18 @@ PICTURES: dict[str, tuple[Panel, ...]] = {
     "least-loaded": (Panel("least_loaded", _PLAIN, by_group=True),),
     "kv-aware": (Panel("kv_aware", {**_PLAIN, "placement": "kv_aware"}, by_group=True),),
     "sticky": (Panel("sticky", {**_PLAIN, "placement": "sticky"}, by_group=True),),
-    "fifo": (Panel("fifo", _PLAIN, by_group=True),),
-    "longest-first": (
-        Panel("longest_first", {**_PLAIN, "order": "longest_first"}, 2, by_group=True),
-    ),
-    "probe-first": (Panel("probe_first", {**_PLAIN, "order": "probe_first"}, by_group=True),),
+    "fifo": (Panel("fifo", _PLAIN, 2, **_ORDER),),
+    "longest-first": (Panel("longest_first", {**_PLAIN, "order": "longest_first"}, 2, **_ORDER),),
+    "probe-first": (Panel("probe_first", {**_PLAIN, "order": "probe_first"}, 2, **_ORDER),),
     "whole": (Panel("whole iterations", _PLAIN, 4),),
     "budget": (Panel("token_budget", {**_PLAIN, "token_budget": BUDGET, "groups": 0}, 6),),
     "segments": (
         Panel("segment_tokens", {**_PLAIN, "segment_tokens": 150}, by_group=True),
     ),
     "over-issue": (Panel("over_issue", {**_PLAIN, "over_issue": 1.5}, 4),),
-    "fixed": (Panel("fixed", _PLAIN, engine={"kv_capacity": 900, "max_sequences": 8}),),
+    "fixed": (Panel("fixed", _PLAIN, engine=_TIGHT, groups=9, by_group=True),),
     "kv": (
-        Panel(
-            "kv", {**_PLAIN, "concurrency": "kv"}, engine={"kv_capacity": 900, "max_sequences": 8}
-        ),
+        Panel("kv", {**_PLAIN, "concurrency": "kv"}, engine=_TIGHT, groups=9, by_group=True),
     ),
     "overlap-interrupt": (
         Panel(
@@ -110,29 +111,36 @@ def simulated(panel: Panel) -> Outcome:
         "step": 8e-3, "sequence": 5e-4, "kv_token": 0.0, "prefill_token": 1e-4,
         "kv_capacity": 1 << 20, "max_sequences": SEQUENCES, "update": 0.2, **panel.engine,
     }  # fmt: skip
-    config = Config(**{"groups": GROUPS, "lease_timeout": FOREVER, **panel.fields})
+    config = Config(**{"groups": panel.groups, "lease_timeout": FOREVER, **panel.fields})
     simulation = Simulation(
         config=config,
         engines=[EngineModel(**engine)] * ENGINES,
         iterations=panel.iterations,
         train_base=panel.train,
     )
-    return simulate(simulation, lots(), True)
+    return simulate(simulation, lots(panel), True)
 
 
-def lots() -> Lots:
-    """The same for every picture."""
-    shape = {"median": 90, "sigma": 0.9, "correlation": 0.6, "limit": 600, "seed": 4}
-    return lognormal(200, SAMPLES, prompts=Prompts(40), **shape)  # type: ignore[arg-type]
+def lots(panel: Panel) -> Lots:
+    """Long-tailed ones, of at most 600 tokens."""
+    return lognormal(
+        400,
+        SAMPLES,
+        median=90,
+        sigma=0.9,
+        correlation=panel.correlation,
+        limit=600,
+        seed=panel.seed,
+        prompts=Prompts(40),
+    )
 
 
 def draw(path: Path, panels: tuple[Panel, ...]) -> None:
     """Write `path` (SVG)."""
-    with rc_context({**STYLE, "font.size": 8}):
+    with rc_context({**STYLE, "font.size": 8, "svg.fonttype": "none"}):
         figure = Figure(figsize=(6.4, 0.45 + 1.15 * len(panels)), layout="constrained")
-        for axes, panel in zip(
-            figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
-        ):
+        rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, panel in zip(rows, panels, strict=True):
             _draw(axes, panel)
         figure.savefig(path, metadata={"Date": None})
 

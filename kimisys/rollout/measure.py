@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from kimisys._core.rollout import (
     EngineModel,
     Lots,
@@ -17,7 +18,6 @@ from kimisys._core.rollout import (
     offline,
     simulate,
 )
-
 from kimisys.errors import WorkloadError
 from kimisys.rollout.policies import Policy, policy
 

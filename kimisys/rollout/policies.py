@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kimisys._core.rollout import Config
-
 from kimisys.errors import SchedulerError
 
 FOREVER = 1 << 50

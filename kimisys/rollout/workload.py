@@ -17,8 +17,8 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from kimisys._core.rollout import Lots
 
+from kimisys._core.rollout import Lots
 from kimisys.errors import WorkloadError
 
 Floats = npt.NDArray[np.float64]
@@ -172,6 +172,20 @@ def fit(lots: Lots) -> Distribution:
     return Distribution(log_length, correlation, np.asarray(lots.prompt_tokens))
 
 
+def extended(lots: Lots, groups: int, seed: int) -> Lots:
+    """`lots`, and after them what their distribution goes on with, to `groups` at least."""
+    missing = groups - len(lots.prompt_tokens)
+    if missing <= 0:
+        return lots
+    rest = fit(lots).draw(missing, lots.samples, limit=lots.limit, seed=seed)
+    return Lots(
+        prompt_tokens=np.concatenate([lots.prompt_tokens, rest.prompt_tokens]),
+        lengths=np.concatenate([lots.lengths, rest.lengths]),
+        samples=lots.samples,
+        limit=lots.limit,
+    )
+
+
 def intraclass_correlation(lengths: npt.ArrayLike) -> float:
     """Of the logarithms of `lengths` [groups, samples]: by the one-way analysis of variance, within
     0 and 1; 0 where there is a single group or sample, or nothing varies."""
@@ -191,20 +205,25 @@ def read_lengths(path: Path, limit: int = 0) -> Lots:
     many lengths in each; other keys are ignored.
 
     limit: of output, where longer ones are cut; 0: the longest of the file. Raises WorkloadError
-    naming the line for what is none of this, and OSError as `open` does.
+    for a file that cannot be read, and naming the line for what is no group.
     """
     prompts: list[int] = []
     table: list[list[int]] = []
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            prompt, lengths = _group(line, f"{path}, line {number}")
-            if table and len(lengths) != len(table[0]):
-                raise WorkloadError(
-                    f"{path}, line {number}: {len(lengths)} lengths, where line 1 has "
-                    f"{len(table[0])}; every group must have the same number of samples"
-                )
-            prompts.append(prompt)
-            table.append(lengths)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise WorkloadError(
+            f"{path} cannot be read: {error}; it must hold lines {_FORM}"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        prompt, lengths = _group(line, f"{path}, line {number}")
+        if table and len(lengths) != len(table[0]):
+            raise WorkloadError(
+                f"{path}, line {number}: {len(lengths)} lengths, where line 1 has "
+                f"{len(table[0])}; every group must have the same number of samples"
+            )
+        prompts.append(prompt)
+        table.append(lengths)
     if not table:
         raise WorkloadError(f"{path} holds no group: a line is one, {_FORM}")
     whole = np.array(table, np.int64)

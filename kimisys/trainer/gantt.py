@@ -90,7 +90,7 @@ def draw_gantt(
     row = np.array([place[int(engine)] for engine in bars.engine], np.float64)
     height = (1 - _GAP) / most
     bottom = row + _GAP / 2 + lane * height
-    top = bottom + height * (0.82 if few else 1.0)
+    top = bottom + height * (0.9 if few else 1.0)
     corners = np.stack(
         [
             np.stack([bars.start, bottom], axis=1),
@@ -105,8 +105,8 @@ def draw_gantt(
         PolyCollection(
             list(corners),
             facecolors=palette[(bars.version if colour is None else colour) % len(palette)],
-            edgecolors="none",
-            linewidths=0,
+            edgecolors="white" if few else "none",
+            linewidths=0.5 if few else 0,
             antialiaseds=few,
             rasterized=not few,
         )

@@ -75,7 +75,7 @@ class Chart:
     steps: str = "RL step"
 
 
-def _lines(**labels: str) -> Callable[[Axes, History], None]:
+def draw_lines(**labels: str) -> Callable[[Axes, History], None]:
     """Draws one line for each metric that is known; keys are metrics, values labels."""
 
     def draw(axes: Axes, history: History) -> None:
@@ -89,7 +89,7 @@ def _lines(**labels: str) -> Callable[[Axes, History], None]:
 
 def draw_pass_rate(axes: Axes, history: History) -> None:
     """The pass rate in training, and before and after RL on the held-out problems."""
-    _lines(pass_rate="training")(axes, history)
+    draw_lines(pass_rate="training")(axes, history)
     summary = history.summary
     if summary is not None:
         ends = (0, max(history.numbers, default=0))
@@ -119,7 +119,7 @@ def draw_phases(axes: Axes, history: History) -> None:
 
 def draw_gaps(axes: Axes, history: History) -> None:
     """How far trainer and engine differ in log-probability, on a logarithmic scale."""
-    _lines(logprob_gap="mean", probe_gap="largest on a probe")(axes, history)
+    draw_lines(logprob_gap="mean", probe_gap="largest on a probe")(axes, history)
     axes.set_yscale("log", nonpositive="mask")
     if history.gap_bound is not None:
         axes.axhline(history.gap_bound, color="C3", linestyle="--", label="bound of the mean")
@@ -176,7 +176,7 @@ LENGTH = Chart(
     "answers falls while the pass rate holds.",
     "tokens",
     "correct_length",
-    _lines(correct_length="right answers", completion_length="all completions"),
+    draw_lines(correct_length="right answers", completion_length="all completions"),
 )
 WARM_UP = (
     Chart(
@@ -196,7 +196,7 @@ LEARNING = (
         "right answer earns 1 and nothing else counts.",
         "mean reward",
         "reward",
-        _lines(reward="reward", length_reward="of it, for the length"),
+        draw_lines(reward="reward", length_reward="of it, for the length"),
     ),
     Chart(
         "Length of completions",
@@ -204,7 +204,7 @@ LEARNING = (
         "has forgotten how to stop.",
         "tokens",
         "completion_length",
-        _lines(completion_length="all completions"),
+        draw_lines(completion_length="all completions"),
     ),
     Chart(
         "Loss",
@@ -212,7 +212,7 @@ LEARNING = (
         "step has a new objective, so its level says little; a blow-up says much.",
         "loss",
         "loss",
-        _lines(loss="loss"),
+        draw_lines(loss="loss"),
     ),
     Chart(
         "Divergence",
@@ -220,14 +220,14 @@ LEARNING = (
         "its last. τ holds it down.",
         "nats per completion",
         "divergence",
-        _lines(divergence="divergence"),
+        draw_lines(divergence="divergence"),
     ),
     Chart(
         "Gradient norm",
         "Its size before clipping. Peaks are steps that --clip-gradient has tamed.",
         "norm",
         "gradient_norm",
-        _lines(gradient_norm="norm"),
+        draw_lines(gradient_norm="norm"),
     ),
 )
 SHAPING = (
@@ -238,14 +238,14 @@ SHAPING = (
         "gain when they are short and lose when they are long; wrong ones can only lose.",
         "reward",
         "length_reward",
-        _lines(length_reward="length reward"),
+        draw_lines(length_reward="length reward"),
     ),
     Chart(
         "Difficulty of the problems drawn",
         "The curriculum goes from easy to hard; prioritised sampling prefers what still fails.",
         "mean difficulty",
         "difficulty",
-        _lines(difficulty="difficulty"),
+        draw_lines(difficulty="difficulty"),
     ),
     Chart(
         "Tracked success rate",
@@ -253,14 +253,14 @@ SHAPING = (
         "to 1 minus its success rate.",
         "mean success rate",
         "success_rate",
-        _lines(success_rate="success rate"),
+        draw_lines(success_rate="success rate"),
     ),
     Chart(
         "Admitted problems",
         "How many problems the curriculum lets the sampler choose from.",
         "problems",
         "admitted",
-        _lines(admitted="problems"),
+        draw_lines(admitted="problems"),
     ),
 )
 AGREEMENT = (
@@ -305,7 +305,7 @@ TIMES = (
         "Tokens that the engine writes in a second of rollout.",
         "tokens per second",
         "rollout_tokens_per_second",
-        _lines(rollout_tokens_per_second="tokens per second"),
+        draw_lines(rollout_tokens_per_second="tokens per second"),
     ),
 )
 

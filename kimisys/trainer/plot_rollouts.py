@@ -8,7 +8,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 
 from kimisys.trainer.gantt import Bars, draw_gantt, running
-from kimisys.trainer.plot import Chart, History
+from kimisys.trainer.plot import Chart, History, draw_lines
 from kimisys.trainer.rollout_records import Rollouts
 
 _SHOWN = 3  # steps in the Gantt picture: more are mush
@@ -51,6 +51,13 @@ def draw_lengths(axes: Axes, history: History) -> None:
     axes.set_ylim(bottom=0)
 
 
+def draw_share(axes: Axes, history: History) -> None:
+    """The engines' utilisation and the share of completions that several versions wrote."""
+    labels = {"utilisation": "engines are busy", "continued": "completions of several versions"}
+    draw_lines(**labels)(axes, history)
+    axes.set_ylim(0, 1.04)
+
+
 def share(
     lengths: npt.NDArray[np.int64], edges: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
@@ -77,6 +84,22 @@ ROLLOUTS = (
         "rollouts",
         draw_utilisation,
         "seconds of the run",
+    ),
+    Chart(
+        "Utilisation",
+        "The share of the engines' time in which they ran something, while the batch was waited "
+        "for. What is missing to 1 is idle.",
+        "share of engine time",
+        "utilisation",
+        draw_share,
+    ),
+    Chart(
+        "Staleness",
+        "How many versions behind the weights that were trained a token is that they learn from: "
+        "the mean, and the stalest. --max-staleness bounds it.",
+        "versions",
+        "staleness_mean",
+        draw_lines(staleness_mean="mean", staleness_max="stalest token"),
     ),
     Chart(
         "Lengths finished and trained",

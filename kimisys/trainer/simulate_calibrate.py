@@ -15,6 +15,7 @@ from rich.table import Table
 from kimisys._core.rollout import EngineModel, Simulation, simulate
 from kimisys.rollout.calibration import TERMS, Calibration, calibrated
 from kimisys.rollout.policies import FOREVER
+from kimisys.rollout.workload import extended
 from kimisys.trainer.metrics import write_json
 from kimisys.trainer.simulate_config import SimulateConfig
 from kimisys.trainer.simulate_run import RecordedRun, recorded_run, steps_of, traces
@@ -59,7 +60,8 @@ def calibrate(folder: Path, config: SimulateConfig, console: Console) -> None:
     console.print(
         f"rollouts of {prediction.batches} batches: measured {prediction.measured:.2f} s, "
         f"simulated {prediction.simulated:.2f} s ({prediction.error:+.1%}); "
-        f"{prediction.unfinished:,} of {prediction.begun:,} trajectories had not ended, their lengths are drawn.",
+        f"{prediction.unfinished:,} of {prediction.begun:,} trajectories had not ended: their "
+        "lengths are drawn.",
         highlight=False,
     )
     if config.json is not None:
@@ -76,7 +78,9 @@ def predict(found: Calibration, recorded: RecordedRun) -> Prediction:
         iterations=batches,
         train_base=float(np.mean(recorded.between_seconds)) if recorded.between_seconds else 0.0,
     )
-    outcome = simulate(simulation, recorded.lots)
+    # what the run never began may be begun here
+    spare = extended(recorded.lots, 2 * len(recorded.lots.prompt_tokens), seed=1)
+    outcome = simulate(simulation, spare)
     return Prediction(
         batches,
         measured=float(np.sum(recorded.rollout_seconds)),

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from kimisys._core.rollout import Lots, Outcome
@@ -22,7 +21,7 @@ from kimisys.rollout.measure import (
     tuned,
 )
 from kimisys.rollout.policies import Policy, policies
-from kimisys.rollout.workload import Prompts, fit, lognormal, pareto, read_lengths
+from kimisys.rollout.workload import Prompts, extended, lognormal, pareto, read_lengths
 from kimisys.trainer.metrics import write_json
 from kimisys.trainer.simulate_calibrate import calibrate
 from kimisys.trainer.simulate_config import SimulateConfig
@@ -135,7 +134,7 @@ def drawn(config: SimulateConfig, seed: int) -> Lots:
     """Enough lots for every policy: of the trace, or as the options describe them."""
     groups = _SPARE * config.batch * (config.iterations + config.warm_up + 1)
     if config.trace is not None:
-        return _traced(read_lengths(config.trace), groups, seed)
+        return extended(read_lengths(config.trace), groups, seed)
     shape: dict[str, Any] = {
         "median": config.median,
         "sigma": config.sigma,
@@ -156,20 +155,6 @@ def describe(setting: Setting, lots: Lots) -> str:
         f"{setting.engines} engines of {engine['kv_capacity']:,} KV tokens and "
         f"{engine['max_sequences']} sequences, batches of {setting.groups} x {lots.samples}, "
         f"mean length {mean_length(lots):,.0f}"
-    )
-
-
-def _traced(trace: Lots, groups: int, seed: int) -> Lots:
-    """The trace, and after it what its distribution goes on with."""
-    missing = groups - len(trace.prompt_tokens)
-    if missing <= 0:
-        return trace
-    rest = fit(trace).draw(missing, trace.samples, limit=trace.limit, seed=seed)
-    return Lots(
-        prompt_tokens=np.concatenate([trace.prompt_tokens, rest.prompt_tokens]),
-        lengths=np.concatenate([trace.lengths, rest.lengths]),
-        samples=trace.samples,
-        limit=trace.limit,
     )
 
 

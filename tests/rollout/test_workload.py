@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kimisys._core.rollout import Lots
 from scipy import stats
 
+from kimisys._core.rollout import Lots
 from kimisys.errors import WorkloadError
 from kimisys.rollout.workload import (
     TAIL,
     Prompts,
+    extended,
     fit,
     intraclass_correlation,
     lognormal,
@@ -108,6 +109,15 @@ def test_a_fit_draws_the_like_of_its_trace(name: str) -> None:
     assert set(np.asarray(lots.prompt_tokens)) == set(np.asarray(trace.prompt_tokens))
 
 
+def test_an_extension_goes_on_after_the_trace() -> None:
+    trace = drawn("lognormal", 50, 8, 0.7)
+    lots = extended(trace, 2_000, seed=3)
+    assert (table(lots)[:50] == table(trace)).all()
+    assert len(np.asarray(lots.prompt_tokens)) == len(table(lots)) == 2_000
+    assert np.median(table(lots)[50:]) == pytest.approx(np.median(table(trace)), rel=0.1)
+    assert extended(trace, 50, seed=3) is trace
+
+
 def test_a_fit_of_equal_lengths_draws_them() -> None:
     trace = Lots(np.full(3, 10), np.full(6, 77), samples=2, limit=100)
     assert set(np.asarray(fit(trace).draw(5, 2, limit=100, seed=1).lengths)) == {77}
@@ -178,6 +188,8 @@ def test_a_line_that_is_no_group_is_named(tmp_path: Path, line: str, message: st
 
 
 def test_a_file_without_a_group_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WorkloadError, match="cannot be read"):
+        read_lengths(tmp_path / "empty.jsonl")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(WorkloadError, match="holds no group"):
         read_lengths(tmp_path / "empty.jsonl")

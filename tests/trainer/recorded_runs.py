@@ -67,8 +67,8 @@ class World:
         event["engine"] = 0xFFFFFFFF
         for name, value in fields.items():
             event[name] = int(value)
-        actions = self.scheduler.handle(event)
-        self.trace.add(event, actions, self.scheduler.digest())
+        actions, answers = self.scheduler.handle_each(event)
+        self.trace.add(event, actions, answers, self.scheduler.digest())
         for action in actions:
             self.act(action)
 

@@ -56,6 +56,10 @@ def step_metrics(step: int, shaped: bool = False) -> StepMetrics:
         delta_density=0.03 + 0.005 * wobble,
         delta_bytes=int(250_000 + 50_000 * wobble),
         full_bytes=1_790_208,
+        staleness_mean=0.8 + 0.1 * wobble,
+        staleness_max=3,
+        continued=0.3 + 0.05 * wobble,
+        utilisation=0.9 + 0.05 * wobble,
     )
 
 

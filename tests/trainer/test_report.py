@@ -63,7 +63,7 @@ def test_every_picture_is_there(report: Path, page: Page, width: int, dark: bool
     page.open(report, width, dark)
     assert faults(page) == []
     shaped = "Length reward" in report.read_text()
-    assert page.ask("document.images.length") == (21 if shaped else 11)
+    assert page.ask("document.images.length") == (23 if shaped else 11)
     assert page.ask("getComputedStyle(document.body).backgroundColor") == (
         "rgb(18, 22, 28)" if dark else "rgb(245, 246, 248)"
     )
