@@ -14,8 +14,7 @@ constexpr double kHysteresis = 8;
 
 struct Load {
   const Engine* engine = nullptr;
-  double step = 0;      // microseconds
-  bool leaves = false;  // something there is pausing
+  double step = 0;  // microseconds
 };
 
 bool lighter(const Load& left, const Load& right) { return left.step < right.step; }
@@ -26,7 +25,7 @@ struct Candidate {
 };
 
 // Sequences of an engine among which the one to move is looked for.
-constexpr std::size_t kLooked = 128;
+constexpr std::size_t kLooked = 64;
 
 // The sequence of `from` that gains most by running on an engine with steps of `step`.
 Candidate best_move(const State& state, const Predictor& predictor, const Load& from,
@@ -37,7 +36,6 @@ Candidate best_move(const State& state, const Predictor& predictor, const Load& 
   for (std::size_t i = 0; i < leases.size(); i += leases.size() / kLooked + 1) {
     const Slot slot = leases[i];
     const Trajectory& trajectory = state.trajectories[slot];
-    if (trajectory.phase != Phase::kRunning) return {};  // one after the other
     const auto context = static_cast<double>(state.context(slot));
     const double own = config.sequence_cost + config.kv_cost * context;
     const double gained = predictor.rest_alone(trajectory) * (from.step - to.step - own);
@@ -47,6 +45,21 @@ Candidate best_move(const State& state, const Predictor& predictor, const Load& 
     }
   }
   return best;
+}
+
+// A small cache is full while its steps are still short: what it has no room for goes to a larger
+// one, the one with the shortest steps that has room.
+EngineId larger(const State& state, const Predictor& predictor, std::int64_t capacity,
+                Slot trajectory) {
+  const Engine* best = nullptr;
+  for (const Engine& engine : state.engines) {
+    if (!serves(state, engine) || engine.kv_capacity <= capacity) continue;
+    if (best != nullptr && step_time(state.config, engine) >= step_time(state.config, *best)) {
+      continue;
+    }
+    if (has_room(state, predictor, engine, trajectory)) best = &engine;
+  }
+  return best == nullptr ? kNoEngine : best->id;
 }
 
 }  // namespace
@@ -70,9 +83,9 @@ EngineId place_kv(const State& state, const Predictor& predictor, Slot trajector
       least = step;
     }
   }
-  if (best == nullptr || !serves(state, *best) || !has_room(state, predictor, *best, trajectory))
-    return kNoEngine;
-  return best->id;
+  if (best == nullptr || !serves(state, *best)) return kNoEngine;
+  if (has_room(state, predictor, *best, trajectory)) return best->id;
+  return larger(state, predictor, best->kv_capacity, trajectory);
 }
 
 std::vector<Slot> moves(const State& state, const Predictor& predictor) {
@@ -86,7 +99,9 @@ std::vector<Slot> moves(const State& state, const Predictor& predictor) {
     if (hot.engine == nullptr || lighter(hot, load)) hot = load;
     if (cold.engine == nullptr || lighter(load, cold)) cold = load;
   }
-  if (hot.engine == nullptr || hot.step - cold.step < least_gain) return moved;
+  // One after the other: until it has gone the engine seems as full as before.
+  if (hot.engine == nullptr || hot.engine->pausing > 0) return moved;
+  if (hot.step - cold.step < least_gain) return moved;
   const Candidate best = best_move(state, predictor, hot, cold);
   if (best.slot == kNoSlot || !has_room(state, predictor, *cold.engine, best.slot)) return moved;
   moved.push_back(best.slot);
