@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kimisys._core.rollout import ActionKind, Config, EndReason, EventKind, Lots
-from kimisys.rollout.trace import Replay, replay
+from kimisys.rollout.trace import read_trace
 from kimisys.trainer.metrics import RunFolderError
 
 # Of a simulated engine; a run without a token budget tells the scheduler of no bounds.
 _MOST_SEQUENCES, _MOST_KV = 1 << 20, 1 << 24
 _LAST = frozenset({int(EndReason.STOP), int(EndReason.REPETITION)})
 _STARTS = frozenset({int(ActionKind.START), int(ActionKind.CONTINUE)})
+_DEATHS = frozenset({int(ActionKind.ABORT), int(ActionKind.REQUEUE)})  # what still comes is late
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ def steps_of(folder: Path) -> list[npt.NDArray[Any]]:
 def recorded_run(path: Path) -> RecordedRun:
     """Read a trace. Raises SchedulerError for what is none, RunFolderError for one without a
     batch."""
-    whole = replay(path, partial=True)
-    told = _Told()
-    for number, event in enumerate(whole.events):
+    # what was decided then, which the scheduler of another release need not decide again
+    whole = read_trace(path, partial=True)
+    told, events, actions = _Told(), whole.events, whole.actions
+    ends = np.searchsorted(whole.answers, np.arange(len(events)), side="right").tolist()
+    for event, first, end in zip(events, [0, *ends], ends, strict=False):
         told.event(event)
-        for action in whole.actions[told.first : _after(whole, number)]:
+        for action in actions[first:end]:
             told.action(int(event["time"]), action)
-        told.first = _after(whole, number)
     if not told.batches or not told.prompts:
         raise RunFolderError(f"{path} records no batch: let the run come to its first step")
     ready = np.array(told.ready[: len(told.batches)]) / 1e6
@@ -92,16 +94,10 @@ def recorded_run(path: Path) -> RecordedRun:
     )
 
 
-def _after(whole: Replay, number: int) -> int:
-    """How many actions had been decided when event `number` was answered."""
-    return int(np.searchsorted(whole.answers, number, side="right"))
-
-
 @dataclass
 class _Told:
     """What is known after some events and actions; times in microseconds."""
 
-    first: int = 0
     prompts: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     engines: dict[int, tuple[int, int]] = field(default_factory=dict)
     leases: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -143,7 +139,7 @@ class _Told:
             who = (int(action["group"]), int(action["sample"]))
             self.leases[int(action["lease"])] = who
             self.tokens.setdefault(who, 0)
-        elif kind == int(ActionKind.ABORT):
+        elif kind in _DEATHS:
             self.leases.pop(int(action["lease"]), None)
         elif kind == int(ActionKind.BATCH):
             self.batches.append(time)
