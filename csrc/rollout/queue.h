@@ -42,7 +42,7 @@ class Queue {
   struct Key {
     Rank rank = Rank::kOther;
     std::int64_t round = 0;  // what an earlier iteration left goes first; what has begun: -1
-    double rest = 0;  // predicted, negated: the longest first; 0 where it does not count
+    double rest = 0;         // predicted, negated: the longest first; 0 where it does not count
     bool begun = false;
     std::uint64_t number = 0;
     std::uint32_t sample = 0;

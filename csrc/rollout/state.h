@@ -48,8 +48,8 @@ struct Group {
   std::vector<Slot> trajectories;  // by sample
   std::uint32_t finished = 0;
   std::int64_t round = 0;  // the iteration in which it was admitted
-  bool admitted = false;  // its trajectories may be leased
-  bool used = false;      // the slot
+  bool admitted = false;   // its trajectories may be leased
+  bool used = false;       // the slot
 };
 
 // kUpdating: it is to take a version as soon as it is idle, and gets nothing new. kLeaving: it gets
