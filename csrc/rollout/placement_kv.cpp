@@ -27,7 +27,7 @@ struct Candidate {
 // Sequences of an engine among which the one to move is looked for.
 constexpr std::size_t kLooked = 64;
 
-// The sequence of `from` that gains most by running on an engine with steps of `step`.
+// The sequence of `from` that gains most by running on `to`.
 Candidate best_move(const State& state, const Predictor& predictor, const Load& from,
                     const Load& to) {
   const Config& config = state.config;
