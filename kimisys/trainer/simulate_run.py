@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kimisys._core.rollout import ActionKind, Config, EndReason, EventKind, Lots
-from kimisys.rollout.trace import Replay, replay
+from kimisys.rollout.trace import read_trace
 from kimisys.trainer.metrics import RunFolderError
 
 _LAST = frozenset({int(EndReason.STOP), int(EndReason.REPETITION)})
@@ -64,13 +64,14 @@ def steps_of(folder: Path) -> list[npt.NDArray[Any]]:
 def recorded_run(path: Path) -> RecordedRun:
     """Read a trace. Raises SchedulerError for what is none, RunFolderError for one without a
     batch."""
-    whole = replay(path, partial=True)
+    whole = read_trace(path, partial=True)
     told = _Told()
-    for number, event in enumerate(whole.events):
-        told.event(event)
-        for action in whole.actions[told.first : _after(whole, number)]:
-            told.action(int(event["time"]), action)
-        told.first = _after(whole, number)
+    for chunk in whole.chunks:
+        after = np.searchsorted(chunk.answers, np.arange(len(chunk.events)), side="right")
+        for event, first, last in zip(chunk.events, [0, *after[:-1]], after, strict=True):
+            told.event(event)
+            for action in chunk.actions[first:last]:
+                told.action(int(event["time"]), action)
     if not told.batches or not told.prompts:
         raise RunFolderError(f"{path} records no batch: let the run come to its first step")
     ready = np.array(told.ready[: len(told.batches)]) / 1e6
@@ -88,16 +89,10 @@ def recorded_run(path: Path) -> RecordedRun:
     )
 
 
-def _after(whole: Replay, number: int) -> int:
-    """How many actions had been decided when event `number` was answered."""
-    return int(np.searchsorted(whole.answers, number, side="right"))
-
-
 @dataclass
 class _Told:
     """What is known after some events and actions; times in microseconds."""
 
-    first: int = 0
     prompts: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     engines: dict[int, tuple[int, int]] = field(default_factory=dict)
     leases: dict[int, tuple[int, int]] = field(default_factory=dict)
