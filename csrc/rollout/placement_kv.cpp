@@ -25,16 +25,22 @@ struct Candidate {
   double gain = 0;  // microseconds, less the cost
 };
 
+// Sequences of an engine among which the one to move is looked for.
+constexpr std::size_t kLooked = 128;
+
 // The sequence of `from` that gains most by running on an engine with steps of `step`.
 Candidate best_move(const State& state, const Predictor& predictor, const Load& from,
                     const Load& to) {
   const Config& config = state.config;
+  const std::vector<Slot>& leases = from.engine->leases;
   Candidate best;
-  for (const Slot slot : from.engine->leases) {
-    if (state.trajectories[slot].phase != Phase::kRunning) return {};  // one after the other
+  for (std::size_t i = 0; i < leases.size(); i += leases.size() / kLooked + 1) {
+    const Slot slot = leases[i];
+    const Trajectory& trajectory = state.trajectories[slot];
+    if (trajectory.phase != Phase::kRunning) return {};  // one after the other
     const auto context = static_cast<double>(state.context(slot));
     const double own = config.sequence_cost + config.kv_cost * context;
-    const double gained = predictor.rest(state, slot) * (from.step - to.step - own);
+    const double gained = predictor.rest_alone(trajectory) * (from.step - to.step - own);
     const double gain = gained - kHysteresis * config.prefill_cost * context;
     if (gain > best.gain || (gain == best.gain && gain > 0 && slot < best.slot)) {
       best = {slot, gain};

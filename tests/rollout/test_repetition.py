@@ -43,6 +43,21 @@ def first_of(tokens: np.ndarray, config: RepetitionConfig) -> tuple[int, int] | 
     return position, int(found[:, position].argmax())
 
 
+def proposed(tokens: np.ndarray, config: RepetitionConfig, position: int, period: int) -> bool:
+    """Whether a gram of the window proposes the period: its place a period before is one of the
+    last 8 (kPlaces). All else that the detector does loses nothing."""
+    pairs = {p: window(config, p) - p for p in range(1, config.max_period + 1)}
+    wrong = {p: n - math.ceil(config.agreement * n - 1e-9) for p, n in pairs.items()}
+    gram = min(16, *(max(1, n // (wrong[p] + 1)) for p, n in pairs.items()))
+    for end in range(position - pairs[period] + gram, position + 1):
+        last = tokens[end - gram : end]
+        before = tokens[max(0, end - gram - period) : end - 1]
+        places = (np.lib.stride_tricks.sliding_window_view(before, gram) == last).all(axis=1)
+        if places[0] and len(places) == period and places.sum() <= 8:
+            return True
+    return False
+
+
 configs = st.builds(
     RepetitionConfig,
     max_period=st.integers(1, 40),
@@ -53,10 +68,9 @@ configs = st.builds(
 
 
 @st.composite
-def texts(draw: st.DrawFn) -> np.ndarray:
+def texts(draw: st.DrawFn, vocabulary: int) -> np.ndarray:
     """Random text and loops one after the other, some of them with changes, some nested."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    vocabulary = draw(st.sampled_from([2, 3, 10, 1000]))
     parts = []
     for _ in range(draw(st.integers(1, 4))):
         loop = rng.integers(0, vocabulary, rng.integers(1, 50))
@@ -69,18 +83,32 @@ def texts(draw: st.DrawFn) -> np.ndarray:
 
 
 @many
-@given(texts(), configs)
+@given(st.sampled_from([3, 10, 1000]).flatmap(texts), configs)
 def test_it_finds_what_the_definition_says_and_where(
     tokens: np.ndarray, config: RepetitionConfig
 ) -> None:
-    """At these sizes counting is never put off: the position is the first, and its period too."""
+    """Where a gram proposes it, and at sizes at which counting is not put off: the position is the
+    first, and the period its shortest."""
+    found = RepetitionDetector(config).feed(tokens)
+    wanted = first_of(tokens, config)
+    if wanted is None:
+        assert found is None
+    elif proposed(tokens, config, *wanted):
+        assert found is not None and (found.position, found.period) == wanted
+
+
+@many
+@given(st.sampled_from([2, 3, 10]).flatmap(texts), configs)
+def test_what_it_finds_is_never_wrong(tokens: np.ndarray, config: RepetitionConfig) -> None:
+    """Of two or three different tokens every gram is everywhere, and a loop that the definition
+    has for a moment may be missed: but nothing is found that is not one."""
     detector = RepetitionDetector(config)
     found = detector.feed(tokens)
-    wanted = first_of(tokens, config)
-    assert (found and (found.position, found.period)) == wanted
+    held = holding(tokens, config)
     if found is None:
         assert detector.position == len(tokens)
         return
+    assert held[:, found.position].argmax() == found.period
     pairs = window(config, found.period) - found.period
     last = tokens[found.position - pairs : found.position]
     before = tokens[found.position - pairs - found.period : found.position - found.period]
@@ -89,7 +117,7 @@ def test_it_finds_what_the_definition_says_and_where(
 
 
 @many
-@given(texts(), configs, st.lists(st.integers(0, 30), min_size=1))
+@given(texts(10), configs, st.lists(st.integers(0, 30), min_size=1))
 def test_how_the_tokens_come_does_not_matter(
     tokens: np.ndarray, config: RepetitionConfig, sizes: Sequence[int]
 ) -> None:
@@ -128,25 +156,21 @@ def test_a_loop_is_found_within_its_window(
     assert found.position <= before + window(config, period)
     # twice a period has fewer tokens to compare, and may hold a token before it
     assert max(found.period, period) % min(found.period, period) == 0
-    assert abs(found.start - before) <= 0.1 * window(config, period) + 1
+    assert abs(found.start - before) <= 0.15 * window(config, period)
 
 
-def test_work_and_delay_are_bounded_where_everything_nearly_loops() -> None:
-    """A loop of two tokens with changes just too many for 0.9: counting is put off, not skipped,
-    and what holds from some token on is found by the tokens that the work left over takes."""
-    config = RepetitionConfig(max_period=64, agreement=0.9)
+def test_where_every_period_nearly_loops_the_one_that_does_is_found() -> None:
+    """Two tokens with changes, just too many of them: all even periods are counted again and again,
+    as far as the work per token goes, and put off beyond that; then a loop begins."""
+    config = RepetitionConfig(max_period=512, agreement=0.9)
     rng = np.random.default_rng(0)
     noisy = np.tile([1, 2], 20_000)
-    noisy[rng.random(len(noisy)) < 0.058] = 3
-    exact = np.tile([1, 2], 1000)
-    first = first_of(np.concatenate([noisy, exact]), config)
-    assert first is not None
-    found = RepetitionDetector(config).feed(np.concatenate([noisy, exact]))
-    assert found is not None
-    held = holding(np.concatenate([noisy, exact]), config)
-    assert held[found.period, found.position]
-    late = config.max_period * window(config, config.max_period) // 256
-    assert first[0] <= found.position <= max(first[0], len(noisy)) + late + 512
+    noisy[rng.random(len(noisy)) < 0.13] = 3
+    text = np.concatenate([noisy, np.tile([1, 2], 2000)])
+    first = first_of(text, config)
+    assert first is not None and first[0] > len(noisy)
+    found = RepetitionDetector(config).feed(text)
+    assert found is not None and first[0] <= found.position <= first[0] + 512
 
 
 def test_a_loop_longer_than_max_period_is_none() -> None:

@@ -39,7 +39,7 @@ def curve(out: Path) -> list[dict[str, Any]]:
     """All that is no time, of each step. Nor the bytes that were read: a subscriber that connects
     anew reads a record's header once more than one that followed."""
     steps = [asdict(step) for step in read_metrics(out / "metrics.jsonl")]
-    other = {"version", "delta_bytes"}
+    other = {"version", "delta_bytes", "utilisation"}
     return [
         {k: v for k, v in step.items() if "second" not in k and k not in other} for step in steps
     ]

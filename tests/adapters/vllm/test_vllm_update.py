@@ -96,6 +96,7 @@ def with_engine(
             Path("some-model"), tensor_parallel=tensor_parallel, timeout_seconds=timeout_seconds
         )
         engine = Engine(config, EngineLoop(lambda: ranks))  # type: ignore[arg-type,return-value]
+        engine._vocabulary = 10  # which `start` asks vLLM for
         try:
             await work(engine, ranks)
         finally:
@@ -245,7 +246,7 @@ def test_an_engine_that_does_not_start_in_time_is_given_up(
         assert ranks.released.wait(20.0)
         return ranks
 
-    monkeypatch.setattr(engine_module, "_build", build)
+    monkeypatch.setattr(engine_module, "build", build)
     with pytest.raises(EngineTimeoutError, match=r"did not answer start within 0.05 s"):
         asyncio.run(Engine.start(EngineConfig(folders["tied"], timeout_seconds=0.05)))
     ranks.released.set()

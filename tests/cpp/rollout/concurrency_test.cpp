@@ -40,7 +40,7 @@ TEST_CASE("concurrency: the peak against sequences that end at random, step by s
   for (int round = 0; round < 20; ++round) {
     PolicyWorld world;
     const Predictor predictor;
-    const EngineId id = world.engine();
+    const EngineId id = world.engine(1 << 20, 1024);
     const int count = round % 4 == 0 ? 600 : 40;  // of very many, some stand for all
     for (int i = 0; i < count; ++i) {
       world.run(world.sample(world.group(1, 50 + draw.below(500)), 0), id, draw.below(4000));
