@@ -67,12 +67,12 @@ def calibrated(engines: Sequence[npt.NDArray[Any]], share: float = 0.6) -> Calib
     slow = first["seconds"] > _SLOW * np.median(first["seconds"])
     weights = non_negative_least_squares(_design(first[~slow]), first["seconds"][~slow])
     predicted, measured = _design(rest) @ weights, rest["seconds"]
-    step, sequence, kv_token, prefill_token = (float(weight) for weight in weights)
+    step, sequence, kv_token, prefill_token = weights.tolist()
     return Calibration(
-        step,
-        sequence,
-        kv_token,
-        prefill_token,
+        step=step,
+        sequence=sequence,
+        kv_token=kv_token,
+        prefill_token=prefill_token,
         between=_between(firsts),
         fitted=int((~slow).sum()),
         held_out=len(rest),

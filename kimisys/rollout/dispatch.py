@@ -95,7 +95,8 @@ class Dispatch:
     # From the driver's callers.
 
     def join(self, links: Sequence[tuple[Link, EngineStats]]) -> None:
-        """New engines, which are heard of from now on."""
+        """New engines, which are heard of from now on. Raises SchedulerError for numbers that no
+        engine can have; then none of them is there."""
         newest = max((link.version for link, _ in links), default=-1)
         if newest > self.version and self.links:
             raise EngineError(
@@ -111,9 +112,15 @@ class Dispatch:
             fields = {"version": link.version, "tokens": stats.kv_capacity}
             fields["count"] = stats.max_sequences
             records.append(record(now, EventKind.ENGINE_JOINED, engine=link.number, **fields))
+        try:
+            if records:
+                self._tell(*records)
+        except SchedulerError:
+            for link, _ in links:
+                del self.links[link.number]
+            raise
+        for link, _ in links:
             link.run()
-        if records:
-            self._tell(*records)
 
     def leave(self, link: Link) -> None:
         """The engine gets nothing new, and what it has goes elsewhere."""
@@ -160,9 +167,9 @@ class Dispatch:
         what follows from others, it is done after those."""
         events = np.frombuffer(b"".join(records), EVENT)
         actions, answers = self.scheduler.handle_each(events)
+        self._pending.extend(as_actions(actions))
         if self._trace is not None:
             self._trace.add(events, actions, answers, self.scheduler.digest())
-        self._pending.extend(as_actions(actions))
         if self._acting:
             return
         self._acting = True

@@ -152,11 +152,11 @@ class Driver:
         if self._closed:
             return
         self._closed = True
-        self._dispatch.stop()
         self._dispatch.news.set()
         try:
             await asyncio.gather(*(self._let_go(link) for link in self._links))
         finally:
+            self._dispatch.stop()  # last: outputs that were under way set timers
             if self._trace is not None:
                 self._trace.close()
 

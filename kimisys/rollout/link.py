@@ -13,6 +13,7 @@ from kimisys.rollout.engine import Engine, EngineStats, SegmentOutput, SegmentRe
 T = TypeVar("T")
 
 _MEASURE_SECONDS = 1.0  # between two looks at what the KV cache holds
+_STOP_SECONDS = 10.0  # that an engine's methods get to end when they are cancelled
 
 
 class Listener(Protocol):
@@ -83,9 +84,10 @@ class Link:
                 task.cancel()
 
     async def stop(self) -> None:
-        """`cancel`, and wait until they have ended."""
+        """`cancel`, and wait until they have ended; not for an engine that holds on to a call."""
         self.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_STOP_SECONDS)
 
     async def within(self, what: str, answer: Awaitable[T]) -> T:
         """The answer, or EngineError after the deadline."""

@@ -30,18 +30,21 @@ _CHUNK_EVENTS = 4096
 
 
 class Trace:
-    """Writes a run down. Raises SchedulerError if the file cannot be made; a file that is there
-    already is replaced."""
+    """Writes a run down. Raises SchedulerError if the file cannot be made or written; one that is
+    there already is replaced."""
 
     def __init__(self, path: Path, config: Config) -> None:
         header = json.dumps(config.fields()).encode()
         try:
-            self._file = path.open("wb")
+            self._file = path.open(
+                "wb", buffering=0
+            )  # so that errors come at once, and closing has none
         except OSError as error:
             raise SchedulerError(
                 f"cannot write the trace {path}: {error.strerror}; give another path, or none"
             ) from error
-        self._file.write(_MAGIC + _HEADER.pack(len(header), zlib.crc32(header)) + header)
+        self._path = path
+        self._write(_MAGIC + _HEADER.pack(len(header), zlib.crc32(header)) + header)
         self._events: list[bytes] = []
         self._actions: list[bytes] = []
         self._answers: list[bytes] = []
@@ -69,12 +72,23 @@ class Trace:
             counts = self._count, sum(map(len, self._actions)) // ACTION.itemsize
             self._events, self._actions, self._answers, self._count = [], [], [], 0
             check = zlib.crc32(body, zlib.crc32(struct.pack("=IIQ", *counts, self._digest)))
-            self._file.write(_CHUNK.pack(_MARK, *counts, check, self._digest) + body)
-        self._file.flush()
+            self._write(_CHUNK.pack(_MARK, *counts, check, self._digest) + body)
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise SchedulerError(
+                f"cannot write the trace {self._path}: {error.strerror}; make room, or record none"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +101,9 @@ class _Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A trace as it was read. events: EVENT[n]. actions: ACTION[m]. unread: bytes at the end that
-    are not a whole chunk."""
+    """A trace as it was read. events: EVENT[n]. actions: ACTION[m], as they were decided then;
+    answers: int64[m], the index of the event that each answers. unread: bytes at the end that are
+    not a whole chunk."""
 
     config: Config
     chunks: list[_Chunk]
@@ -97,6 +112,18 @@ class Recording:
     @property
     def events(self) -> np.ndarray:
         return np.concatenate([np.zeros(0, EVENT), *(c.events for c in self.chunks)])
+
+    @property
+    def actions(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, ACTION), *(c.actions for c in self.chunks)])
+
+    @property
+    def answers(self) -> np.ndarray:
+        found, before = [np.zeros(0, np.int64)], 0
+        for chunk in self.chunks:
+            found.append(chunk.answers + before)
+            before += len(chunk.events)
+        return np.concatenate(found)
 
 
 def read_trace(path: Path, *, partial: bool = False) -> Recording:

@@ -202,7 +202,8 @@ def intraclass_correlation(lengths: npt.ArrayLike) -> float:
 
 def read_lengths(path: Path, limit: int = 0) -> Lots:
     """Lots of a trace: JSONL, one group a line, {"prompt_tokens": n, "lengths": [n, …]} with as
-    many lengths in each; other keys are ignored.
+    many lengths in each. A group with the key "dropped" is left out, as nobody knows how long it
+    would have become; other keys are ignored.
 
     limit: of output, where longer ones are cut; 0: the longest of the file. Raises WorkloadError
     for a file that cannot be read, and naming the line for what is no group.
@@ -216,10 +217,13 @@ def read_lengths(path: Path, limit: int = 0) -> Lots:
             f"{path} cannot be read: {error}; it must hold lines {_FORM}"
         ) from error
     for number, line in enumerate(lines, start=1):
-        prompt, lengths = _group(line, f"{path}, line {number}")
+        group = _group(line, f"{path}, line {number}")
+        if group is None:
+            continue
+        prompt, lengths = group
         if table and len(lengths) != len(table[0]):
             raise WorkloadError(
-                f"{path}, line {number}: {len(lengths)} lengths, where line 1 has "
+                f"{path}, line {number}: {len(lengths)} lengths, where others have "
                 f"{len(table[0])}; every group must have the same number of samples"
             )
         prompts.append(prompt)
@@ -247,13 +251,16 @@ def write_lengths(path: Path, lots: Lots) -> None:
 _FORM = 'such as {"prompt_tokens": 120, "lengths": [900, 1100]}'
 
 
-def _group(line: str, where: str) -> tuple[int, list[int]]:
+def _group(line: str, where: str) -> tuple[int, list[int]] | None:
+    """Tokens of the prompt and of each sample; None for a group that was dropped."""
     try:
         record = json.loads(line)
     except ValueError as error:
         raise WorkloadError(f"{where} is no JSON ({error}); it must be {_FORM}") from error
     if not isinstance(record, dict) or not {"prompt_tokens", "lengths"} <= record.keys():
         raise WorkloadError(f"{where} has no prompt_tokens or no lengths; it must be {_FORM}")
+    if record.get("dropped"):
+        return None
     prompt, lengths = record["prompt_tokens"], record["lengths"]
     if not isinstance(lengths, list) or not lengths:
         raise WorkloadError(f"{where}: lengths is {lengths!r}; it must be a list of them")

@@ -228,6 +228,20 @@ class RolloutConfig(RunConfig):
                 "--repetition-penalty needs --rollouts budget and --early-stop: nothing else says "
                 "which completion repeats itself"
             )
+        for option, value in (
+            ("--token-budget", self.token_budget),
+            ("--live-limit", self.live_limit),
+        ):
+            if value and not self.partial:
+                raise ConfigError(
+                    f"{option} {value} needs --rollouts budget: whole iterations end with their "
+                    "last completion"
+                )
+        if self.deployment == "disaggregated" and not self.max_staleness:
+            raise ConfigError(
+                "--max-staleness 0 needs --deployment hybrid: what is sampled while the ranks "
+                "train is a version behind when it is trained"
+            )
         if self.deployment == "disaggregated" and not self.partial:
             raise ConfigError(
                 "--deployment disaggregated needs --rollouts budget: whole iterations leave "

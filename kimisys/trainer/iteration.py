@@ -51,7 +51,7 @@ class Iterations:
         self._config, self._task, self._tokenizer = config, task, model.tokenizer
         self._ranks, self._engines, self._control = ranks, engines, control
         self._progress, self._watch, self._display = progress, progress.watch, display
-        self._served = 0
+        self._served = self._told = 0  # versions; told: the last that engines were to follow
         self._density: float | None = None  # of the last version
         first = self._tokenizer.encode_prompt(task.held_out[0].prompt)
         # the end-of-sequence token makes sure of the two tokens that a probe needs
@@ -80,13 +80,16 @@ class Iterations:
         else:
             self._publish_and_update()
             self._served = progress.version
+        self._told = self._served
         self._watch.sync_seconds.append(time.perf_counter() - start)
         return self._compare()
 
     def settle(self) -> None:
         """Let engines that follow on their own take the last version; nothing runs on them now."""
-        if self.following is not None:
-            self._watch.note_sync(self._engines.update(self._progress.version))
+        # a run that was resumed for its end alone has done no step, and its engines have the last
+        if self.following is not None and self._told != self._served:
+            self._told = self._served
+            self._watch.note_sync(self._engines.update(self._served))
             self._compare()
 
     def _compare(self) -> float:
@@ -232,5 +235,6 @@ class Iterations:
         version = self._served = self._progress.version
         self.following.expect(version, self._ranks.one("probe", self._probe))
         if step < self._config.steps:  # the last one comes when nothing runs any more
+            self._told = version
             rollouts.publish(version)
         return {"probe_gap": followed.gap, "sync_seconds": seconds + followed.seconds}

@@ -87,8 +87,8 @@ ROLLOUTS = (
     ),
     Chart(
         "Utilisation",
-        "The share of the engines' time in which they ran something, while the batch was waited "
-        "for. What is missing to 1 is idle.",
+        "The share of the engines' time in which they ran something. What is missing to 1 is idle: "
+        "waiting for the longest answers, and with --deployment hybrid the training.",
         "share of engine time",
         "utilisation",
         draw_share,

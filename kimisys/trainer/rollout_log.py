@@ -9,6 +9,7 @@ steps-engineN.npy  the timed steps of engine N
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -84,7 +85,11 @@ class RolloutLog:
             shifted = steps.copy()
             shifted["start"] -= self._zero
             self._steps[number].append(shifted)
-            np.save(path, np.concatenate(self._steps[number]))
+            # whole or not at all: a run that is killed here must be able to go on
+            fresh = path.with_suffix(".partial")
+            with open(fresh, "wb") as file:
+                np.save(file, np.concatenate(self._steps[number]))
+            os.replace(fresh, path)
 
     def _span(self, span: Span) -> dict[str, Any]:
         return {

@@ -32,11 +32,13 @@ class SegmentRecord:
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """A line of rollouts/groups.jsonl: a group that was trained, and how long its samples were."""
+    """A line of rollouts/groups.jsonl: how long the samples of a group were. dropped: why it was
+    not trained; "": it was."""
 
     step: int
     group: int
     lengths: list[int]
+    dropped: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def read_rollouts(folder: Path) -> Rollouts | None:
         segments[name] = column
     segments = segments[np.argsort(segments["start"], kind="stable")]
     groups = folder / "rollouts" / "groups.jsonl"
-    trained = read_lines(groups, GroupRecord) if groups.exists() else []
-    lengths = [length for group in trained for length in group.lengths]
+    known = read_lines(groups, GroupRecord) if groups.exists() else []
+    lengths = [length for group in known if not group.dropped for length in group.lengths]
     return Rollouts(segments, _finished(segments), np.array(lengths, np.int64))
 
 

@@ -49,6 +49,8 @@ class Rollouts:
             seed=None if config.partial else config.seed,
             repetition=RepetitionConfig() if config.partial and config.early_stop else None,
             trace=log.trace,
+            # the engines' clients give up earlier, by name; following a version takes three calls
+            command_timeout=4 * config.ready_timeout,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
@@ -149,8 +151,8 @@ class Rollouts:
             try:
                 return future.result(_LOOK_SECONDS)
             except TimeoutError:
-                if future.done():
-                    raise
+                if future.done():  # meanwhile, or of a TimeoutError of its own
+                    return future.result()
                 self._alive()
 
     def _started(self) -> Driver:
@@ -169,7 +171,8 @@ async def _cancel_others() -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    if others:
+        await asyncio.wait(others, timeout=CLOSE_SECONDS / 2)
 
 
 def scheduler_config(config: TrainConfig, token_budget: int) -> Config:

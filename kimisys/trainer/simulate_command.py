@@ -126,6 +126,7 @@ def prepared(config: SimulateConfig) -> tuple[Setting, Lots, str]:
         warm_up=config.warm_up,
         train_base=config.train_base,
         train_token=config.train_token,
+        reward_latency=config.reward_latency,
     )
     return setting, lots, workload
 

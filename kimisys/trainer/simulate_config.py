@@ -69,6 +69,8 @@ class SimulateConfig:
     """What a training step takes whatever its tokens."""
     train_token: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 0.0
     """And what it takes for each token."""
+    reward_latency: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 0.0
+    """From the end of a batch's last trajectory until its rewards are known and training begins."""
     search: int = 2_000
     """Schedules that the offline search looks at for each batch, to say what knowing all lengths
     would give; 0: no search."""
@@ -116,6 +118,7 @@ class SimulateConfig:
                 ("--token-budget", self.token_budget, 0, 1 << 50),
                 ("--train-base", self.train_base, 0, 1e6),
                 ("--train-token", self.train_token, 0, 1e3),
+                ("--reward-latency", self.reward_latency, 0, 1e6),
                 ("--search", self.search, 0, 1 << 30),
             ]
         )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimisys._core.rollout import EngineModel
 from kimisys.trainer.config import ConfigError
 from kimisys.trainer.metrics import read_object
 
@@ -80,9 +79,12 @@ def engine_fields(name: str) -> dict[str, Any]:
             f"--engine: {name} holds no engine ({', '.join(FIELDS)}); kimisys simulate --calibrate "
             "RUN --json FILE writes one"
         )
+    for field, value in record.items():
+        whole = field in {"kv_capacity", "max_sequences"}
+        kinds: tuple[type, ...] = (int,) if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ConfigError(
+                f"--engine: {field} of {name} is {value!r}; it must be "
+                f"{'a whole number' if whole else 'a number of seconds'}"
+            )
     return record
-
-
-def engine_model(fields: dict[str, Any]) -> EngineModel:
-    """As the simulator wants it."""
-    return EngineModel(**fields)

@@ -17,6 +17,7 @@ from kimisys.trainer.metrics import RunFolderError
 _MOST_SEQUENCES, _MOST_KV = 1 << 20, 1 << 24
 _LAST = frozenset({int(EndReason.STOP), int(EndReason.REPETITION)})
 _STARTS = frozenset({int(ActionKind.START), int(ActionKind.CONTINUE)})
+_DEATHS = frozenset({int(ActionKind.ABORT), int(ActionKind.REQUEUE)})  # what still comes is late
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ def steps_of(folder: Path) -> list[npt.NDArray[Any]]:
 def recorded_run(path: Path) -> RecordedRun:
     """Read a trace. Raises SchedulerError for what is none, RunFolderError for one without a
     batch."""
+    # what was decided then, which the scheduler of another release need not decide again
     whole = read_trace(path, partial=True)
-    told = _Told()
-    for chunk in whole.chunks:
-        after = np.searchsorted(chunk.answers, np.arange(len(chunk.events)), side="right")
-        for event, first, last in zip(chunk.events, [0, *after[:-1]], after, strict=True):
-            told.event(event)
-            for action in chunk.actions[first:last]:
-                told.action(int(event["time"]), action)
+    told, events, actions = _Told(), whole.events, whole.actions
+    ends = np.searchsorted(whole.answers, np.arange(len(events)), side="right").tolist()
+    for event, first, end in zip(events, [0, *ends], ends, strict=False):
+        told.event(event)
+        for action in actions[first:end]:
+            told.action(int(event["time"]), action)
     if not told.batches or not told.prompts:
         raise RunFolderError(f"{path} records no batch: let the run come to its first step")
     ready = np.array(told.ready[: len(told.batches)]) / 1e6
@@ -138,7 +139,7 @@ class _Told:
             who = (int(action["group"]), int(action["sample"]))
             self.leases[int(action["lease"])] = who
             self.tokens.setdefault(who, 0)
-        elif kind == int(ActionKind.ABORT):
+        elif kind in _DEATHS:
             self.leases.pop(int(action["lease"]), None)
         elif kind == int(ActionKind.BATCH):
             self.batches.append(time)

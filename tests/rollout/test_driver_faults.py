@@ -313,6 +313,40 @@ def test_an_engine_that_cannot_be_had_from_the_first() -> None:
     run(main())
 
 
+def test_an_engine_of_impossible_size_is_not_there(tmp_path: Path) -> None:
+    async def work(driver: Driver) -> list[Batch]:
+        batches = await iterate(driver, 1)
+        with pytest.raises(SchedulerError, match="KV cache of 0 tokens"):
+            await driver.add(ToyEngine(version=1, kv_capacity=0))
+        assert driver.engines == [0]
+        return batches + await iterate(driver, 2, 2)  # which waits for no version of it
+
+    driver = drive(tmp_path, [ToyEngine()], work)
+    assert driver.failures == {}
+
+
+def test_closing_waits_for_no_engine_that_holds_on_to_a_call(tmp_path: Path) -> None:
+    let_go = asyncio.Event()
+
+    class Clings(ToyEngine):
+        async def start(self, segments: Sequence[SegmentRequest]) -> None:
+            while not let_go.is_set():
+                try:
+                    await let_go.wait()
+                except asyncio.CancelledError:
+                    continue
+
+    async def main() -> None:
+        async with Driver(BUDGET, [Clings()], Prompts()) as driver:
+            waiting = asyncio.create_task(driver.batch())
+            await asyncio.sleep(0.01)
+        with pytest.raises(SchedulerError, match="closed"):
+            await waiting
+        let_go.set()
+
+    run(main())
+
+
 def test_a_closed_engine_has_failed(tmp_path: Path) -> None:
     engines = [ToyEngine(), ToyEngine()]
 

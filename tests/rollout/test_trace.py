@@ -173,3 +173,15 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(SchedulerError, match="does not begin with"):
         replay(tmp_path / "text", partial=True)
+
+
+def test_a_disk_that_is_full_is_named() -> None:
+    with pytest.raises(SchedulerError, match="cannot write the trace /dev/full: No space"):
+        Trace(Path("/dev/full"), BUDGET)
+
+
+def test_a_recording_has_what_was_decided(trace: Path) -> None:
+    recording, again = read_trace(trace), replay(trace)
+    assert len(recording.chunks) > 1
+    assert recording.actions.tobytes() == again.actions.tobytes()
+    np.testing.assert_array_equal(recording.answers, again.answers)

@@ -176,7 +176,7 @@ GOOD = json.dumps({"prompt_tokens": 5, "lengths": [1, 2], "problem": "other keys
         ('{"prompt_tokens": 5, "lengths": [1, -2]}', "line 2: lengths has -2"),
         ('{"prompt_tokens": 5, "lengths": [1, 2.5]}', r"line 2: lengths has 2\.5"),
         ('{"prompt_tokens": 5, "lengths": [1, true]}', "line 2: lengths has True"),
-        ('{"prompt_tokens": 5, "lengths": [1, 2, 3]}', "line 2: 3 lengths, where line 1 has 2"),
+        ('{"prompt_tokens": 5, "lengths": [1, 2, 3]}', "line 2: 3 lengths, where others have 2"),
         (f'{{"prompt_tokens": 5, "lengths": [1, {1 << 70}]}}', "line 2: lengths has 1180"),
     ],
 )
@@ -184,6 +184,16 @@ def test_a_line_that_is_no_group_is_named(tmp_path: Path, line: str, message: st
     path = tmp_path / "lengths.jsonl"
     path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(WorkloadError, match=message):
+        read_lengths(path)
+
+
+def test_groups_that_were_dropped_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "groups.jsonl"
+    dropped = '{"prompt_tokens": 9, "lengths": [0, 4], "dropped": "stale"}'
+    path.write_text(f"{dropped}\n{GOOD}\n{dropped}\n")
+    assert read_lengths(path).prompt_tokens.tolist() == [5]
+    path.write_text(f"{dropped}\n")
+    with pytest.raises(WorkloadError, match="holds no group"):
         read_lengths(path)
 
 

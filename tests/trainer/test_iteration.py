@@ -247,6 +247,27 @@ def test_engines_are_told_of_each_version() -> None:
     assert rollouts.published == [2, 3]
 
 
+def test_engines_that_follow_take_the_last_version_once_when_nothing_runs() -> None:
+    class Strict(ScriptedEngines):
+        served = 0
+
+        def update(self, version: int, full: bool = False) -> Sync:
+            assert version > self.served  # an engine refuses what it serves already
+            self.served = version
+            return super().update(version, full)
+
+    engines = Strict()
+    run, _ = iterations(engines, deployment="disaggregated", steps=1)
+    run.sync()
+    run.settle()  # as a run that was resumed after its last step
+    assert engines.served == 1
+    rollouts: Any = ScriptedRollouts(run, [SHORT] * 4)
+    run.step(1, rollouts)
+    assert (engines.served, rollouts.published) == (1, [])
+    run.settle()
+    assert engines.served == run.served == 2
+
+
 def test_the_gap_is_that_of_the_tokens_of_the_served_version() -> None:
     run, _ = iterations()
     run.sync()

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from made_groups import group, trajectory
 
 from kimisys.rollout import Dropped, Span
 from kimisys.trainer.learning import experience
 from kimisys.trainer.rollout_log import RolloutLog
+from kimisys.trainer.rollout_records import read_rollouts
 from kimisys.trainer.task import Problem, Task
 from kimisys.trainer.tokenizer import Tokenizer
 
@@ -61,6 +63,26 @@ def test_what_is_written(tmp_path: Path) -> None:
         **{"tokens": 2, "version": 2, "reason": "stop"},
     }
     assert np.load(folder / "steps-engine0.npy")["start"].tolist() == [1.5, 2.5]
+    read = read_rollouts(tmp_path)
+    assert read is not None
+    assert read.trained.tolist() == [2, 3, 2, 3]  # what was dropped is not
+
+
+def test_a_run_that_is_killed_while_steps_are_written_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "rollouts"
+    write(folder, 0, 0.0, 0, range(1, 2))
+
+    def killed(file: Any, array: np.ndarray) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(np, "save", killed)
+        write(folder, 1, 2.0, 40, range(2, 3))
+    write(folder, 1, 2.0, 40, range(2, 3))
+    assert np.load(folder / "steps-engine0.npy")["start"].tolist() == [1.5, 4.5]
 
 
 def test_a_resumed_run_drops_what_it_will_do_again(tmp_path: Path) -> None:

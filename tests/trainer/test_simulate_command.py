@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 from recorded_runs import MODEL, UPDATE, write_recorded
 
-from kimisys._core.rollout import Config, Lots
+from kimisys._core.rollout import (
+    EVENT,
+    ActionKind,
+    Config,
+    EndReason,
+    EventKind,
+    Lots,
+    Scheduler,
+)
 from kimisys.rollout.policies import policies
+from kimisys.rollout.trace import Trace, read_trace
 from kimisys.rollout.workload import lognormal, write_lengths
 from kimisys.trainer.cli import main
 from kimisys.trainer.simulate_config import SimulateConfig
@@ -68,6 +77,16 @@ def test_one_trajectory_alone_takes_what_the_model_says(tmp_path: Path) -> None:
     assert written["policies"][0]["seconds"] == pytest.approx(steps, rel=1e-3)
     assert written["offline"]["schedule"] == pytest.approx(steps, rel=1e-3)
     assert written["offline"]["bound"] <= written["offline"]["schedule"] * (1 + 1e-9)
+
+
+def test_what_lies_between_two_batches_is_charged(tmp_path: Path) -> None:
+    policy = ["--policy", "least_loaded"]
+    (bare,) = simulated(tmp_path, *SMALL, *policy)["policies"]
+    times = ["--train-base", "3", "--train-token", "0.01", "--reward-latency", "20"]
+    (whole,) = simulated(tmp_path, *SMALL, *policy, *times)["policies"]
+    between = 2 * (3 + 20) + 0.01 * bare["tokens"]
+    assert whole["seconds"] == pytest.approx(bare["seconds"] + between)
+    assert whole["iterations"] == pytest.approx(bare["iterations"])
 
 
 def test_a_seed_gives_the_same_again(tmp_path: Path) -> None:
@@ -152,7 +171,74 @@ def test_a_replay_decides_the_same(
     assert "the same decisions" in capsys.readouterr().out
 
 
-def test_a_replay_of_other_events_says_where_it_differs(
+@pytest.fixture(scope="module")
+def other_build(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run as a scheduler would have recorded it that decides otherwise early on."""
+    recording = read_trace(run_folder / "rollouts" / "trace")
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "rollouts").mkdir()
+    writer = Trace(folder / "rollouts" / "trace", recording.config)
+    for number, chunk in enumerate(recording.chunks):
+        actions = chunk.actions.copy()
+        if not number:
+            first = np.flatnonzero(actions["kind"] == ActionKind.START)[3]
+            actions["deadline"][first] += 1
+        writer.add(chunk.events, actions, chunk.answers, chunk.digest)
+        writer.flush()
+    writer.close()
+    return folder
+
+
+def test_a_replay_says_where_it_differs(
+    other_build: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", "--replay", str(other_build)])
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert "OTHER decisions" in told.out
+    assert "trace: at event" in told.err and "the run decided Action(start" in told.err
+
+
+def test_a_run_of_another_build_is_read_as_it_was(run_folder: Path, other_build: Path) -> None:
+    here, there = (recorded_run(traces(folder)[0]) for folder in (run_folder, other_build))
+    assert there.rollout_seconds == here.rollout_seconds
+    assert there.begun == here.begun
+    assert np.asarray(there.lots.lengths).tolist() == np.asarray(here.lots.lengths).tolist()
+
+
+def test_what_a_dead_lease_sends_is_not_counted(tmp_path: Path) -> None:
+    config = Config(groups=1)
+    scheduler, path = Scheduler(config), tmp_path / "trace"
+    writer = Trace(path, config)
+    leases: list[int] = []
+
+    def tell(kind: EventKind, **fields: int) -> None:
+        event = np.zeros(1, EVENT)
+        event["kind"], event["version"] = int(kind), -1
+        for name, value in fields.items():
+            event[name] = value
+        actions, answers = scheduler.handle_each(event)
+        writer.add(event, actions, answers, scheduler.digest())
+        starts = np.isin(actions["kind"], [ActionKind.START, ActionKind.CONTINUE])
+        leases.extend(int(lease) for lease in actions["lease"][starts])
+
+    tell(EventKind.ENGINE_JOINED, engine=0, version=0, tokens=1000, count=4)
+    tell(EventKind.TRAINER_READY)
+    tell(EventKind.OFFERED, id=5, count=1, tokens=3, limit=50)
+    tell(EventKind.TIME)
+    tell(EventKind.TOKENS, id=leases[-1], tokens=7)
+    tell(EventKind.ENGINE_JOINED, engine=1, version=0, tokens=1000, count=4)
+    tell(EventKind.ENGINE_FAILED, engine=0)
+    tell(EventKind.TOKENS, id=leases[0], tokens=9)
+    tell(EventKind.SEGMENT_ENDED, id=leases[-1], tokens=2, reason=EndReason.STOP)
+    writer.close()
+    assert len(leases) == 2
+    found = recorded_run(path)
+    assert np.asarray(found.lots.lengths).tolist() == [9]
+
+
+def test_a_header_that_was_changed_is_refused(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = tmp_path / "changed" / "rollouts"
@@ -179,6 +265,16 @@ def test_a_recorded_run_is_read_as_it_was(run_folder: Path) -> None:
     assert len(found.rollout_seconds) == 8
     assert found.between_seconds == pytest.approx([0.4] * 7)
     assert found.engines == [(1 << 20, 64)] * 2
+
+
+def test_an_engine_file_of_no_numbers_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "engine.json"
+    file.write_text(json.dumps({"engine": SHIPPED["h100-7b"].fields() | {"kv_capacity": 1.5}}))
+    with pytest.raises(SystemExit):
+        main(["simulate", *SMALL, "--engine", str(file)])
+    assert "kv_capacity of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

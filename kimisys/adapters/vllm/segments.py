@@ -206,7 +206,7 @@ class Segments(Observer):
     def end(self, segment: _Segment, reason: str, error: str = "") -> None:
         """`segment` has ended, and tells so."""
         segment.reason, segment.error = reason, error
-        del self._leases[segment.request.lease]
+        self._leases.pop(segment.request.lease, None)  # after `ended` it knows none
         self._urgent = True
         self.news(segment)
 
