@@ -65,10 +65,11 @@ def running(bars: Bars, engine: int, edges: npt.NDArray[np.float64]) -> npt.NDAr
     steps = np.repeat([1, -1], int(mine.sum()))
     order = np.argsort(times, kind="stable")
     times, level = times[order], np.cumsum(steps[order])
+    if not len(times):
+        return np.zeros(len(edges) - 1)
     # the integral of a step function at the edges, by its value at each step
-    area = np.concatenate([[0.0], np.cumsum(level[:-1] * np.diff(times))]) if len(times) else []
-    total = np.interp(edges, times, area) if len(times) else np.zeros(len(edges))
-    return np.diff(total) / np.diff(edges)
+    area = np.concatenate([[0.0], np.cumsum(level[:-1] * np.diff(times))])
+    return np.diff(np.interp(edges, times, area)) / np.diff(edges)
 
 
 def draw_gantt(
