@@ -14,7 +14,7 @@ from bench.scheduling.loops import first_loop
 from bench.scheduling.plain import PlainScheduler
 from bench.scheduling.steps import makespan
 from bench.scheduling.stream import World, as_answers, as_events, same
-from kimisys._core.rollout import (
+from kimisys.rollout import (
     Config,
     EngineModel,
     Lots,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kimisys._core.rollout import ActionKind, Config, EndReason, EventKind, Lots
+from kimisys.rollout import ActionKind, Config, EndReason, EventKind, Lots
 from kimisys.rollout.trace import read_trace
 from kimisys.trainer.metrics import RunFolderError
 
