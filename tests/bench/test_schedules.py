@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.schedules import trade
 from bench.schedules.cases import Case, Study, cases
 from bench.schedules.plot import draw
 from bench.schedules.study import BASELINES, Result, interval, investigate
@@ -94,3 +95,14 @@ def test_a_small_case_from_end_to_end(tmp_path: Path) -> None:
     assert record["cases"][0]["name"] == "1 engines, slack, siblings alike"
     draw(record, tmp_path / "study.svg")
     assert "siblings alike" in (tmp_path / "study.svg").read_text()
+
+
+def test_the_trade_of_speed_for_staleness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trade, "KNOBS", {"areal": (1, 2)})
+    rows = trade.traded(CASE, Study(seeds=(1, 2), warm_up=1, iterations=2))
+    assert [(row["policy"], row["knob"]) for row in rows] == [("areal", 1), ("areal", 2)]
+    assert all(row["staleness_most"] <= row["knob"] for row in rows)
+    assert all(row["speed"]["mean"] > 0 and row["speed"]["half"] > 0 for row in rows)
+    assert "areal 2 " in " ".join(trade.line(rows[-1]).split())
+    trade.draw({"cases": [{"name": CASE.name, "rows": rows}] * 4}, tmp_path / "trade.svg")
+    assert (tmp_path / "trade.svg").read_text().count("siblings alike") == 4
