@@ -94,6 +94,8 @@ class ScriptedRollouts:
     def publish(self, version: int) -> None:
         self.published.append(version)
 
+    def check(self) -> None: ...
+
     def figures(self, batch: Batch) -> dict[str, Any]:
         return {"rollout_seconds": 1.0, "rollout_tokens_per_second": 10.0}
 
