@@ -14,7 +14,7 @@ from bench.scheduling.loops import first_loop
 from bench.scheduling.plain import PlainScheduler
 from bench.scheduling.steps import makespan
 from bench.scheduling.stream import World, as_answers, as_events, same
-from kimisys._core.rollout import (
+from kimisys.rollout import (
     Config,
     EngineModel,
     Lots,
@@ -44,8 +44,20 @@ def _timed(times: list[float], call: Callable[[], object]) -> None:
     times.append(time.process_time() - start)
 
 
-def scheduling(name: str, config: Config, live: int, engines: int, count: int) -> Case:
-    """`count` events of `live` trajectories. What fills the engines beforehand is untimed."""
+def _filled(config: Config, world: World, events: int) -> PlainScheduler:
+    """A plain scheduler that has been told the first `events`, its answers forgotten."""
+    machine = PlainScheduler(config.token_budget, config.groups)
+    for _, call in world.records[:events]:
+        call(machine)
+    machine.answers.clear()
+    return machine
+
+
+def scheduling(
+    name: str, config: Config, live: int, engines: int, count: int, plain: bool = True
+) -> Case:
+    """`count` events of `live` trajectories. What fills the engines beforehand is untimed. plain:
+    whether the policies are those of the plain state machine, so that it answers too."""
     world = World(config, live, engines)
     world.fill()
     filled = len(world.records)
@@ -64,17 +76,14 @@ def scheduling(name: str, config: Config, live: int, engines: int, count: int) -
     def ours() -> None:
         actions[:] = [schedulers[0].handle(events)]
 
-    for _ in range(PLAIN_ROUNDS):
-        plains.append(PlainScheduler(config.token_budget, config.groups))
-        for _, call in world.records[:filled]:
-            call(plains[-1])
-        plains[-1].answers.clear()
+    if plain:
+        plains += [_filled(config, world, filled) for _ in range(PLAIN_ROUNDS)]
     waiting = list(plains)
 
     def plainly() -> None:
-        plain = waiting.pop()
+        machine = waiting.pop()
         for call in calls:
-            call(plain)
+            call(machine)
 
     def correct() -> bool:
         schedulers[0].audit()
@@ -89,16 +98,17 @@ def scheduling(name: str, config: Config, live: int, engines: int, count: int) -
         }
 
     def agree() -> bool:
-        told = [plain.answers for plain in plains if plain not in waiting]
+        told = [machine.answers for machine in plains if machine not in waiting]
         return all(same(as_answers(actions[0]), answers) for answers in told)
 
+    peers: dict[str, Callable[[], object]] = {PLAIN: plainly} if plain else {}
     return Case(
         f"scheduler, {name}, {len(events):,} events, {live:,} live",
         lambda: _timed(times, ours),
-        {PLAIN: plainly},
+        peers,
         correct,
         figures=figures,
-        peer_rounds={PLAIN: PLAIN_ROUNDS},
+        peer_rounds=dict.fromkeys(peers, PLAIN_ROUNDS),
         agree=agree,
         before=fresh,
     )
@@ -111,6 +121,13 @@ def _schedulers() -> Iterator[Case]:
     )
     yield scheduling("whole iterations", whole, LIVE, ENGINES, 500_000)
     yield scheduling("token budget", budget, LIVE, ENGINES, 500_000)
+    # What users run: predictions, placement by step times, room in caches that are not full.
+    for name, default in (
+        ("whole iterations", Config(lease_timeout=NEVER, groups=40_000)),
+        ("token budget", Config(lease_timeout=NEVER, token_budget=3_000_000)),
+    ):
+        policies = f"{name} by the default policies"
+        yield scheduling(policies, default, LIVE, ENGINES, 500_000, plain=False)
 
 
 def detecting(name: str, tokens: np.ndarray, rare: bool) -> Case:

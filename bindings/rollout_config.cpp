@@ -1,6 +1,5 @@
 #include <pybind11/stl.h>
 
-#include <array>
 #include <span>
 #include <sstream>
 #include <string>
@@ -16,13 +15,6 @@ namespace kimisys::bindings {
 namespace {
 
 using namespace rollout;  // NOLINT: a binding file names nearly all of it
-
-constexpr std::array kDeployments = {"alternate", "overlap"};
-constexpr std::array kPlacements = {"group_round_robin", "least_loaded", "kv_aware", "sticky"};
-constexpr std::array kOrders = {"fifo", "longest_first", "probe_first"};
-constexpr std::array kStalenesses = {"wait", "drop", "admission"};
-constexpr std::array kConcurrencies = {"fixed", "kv"};
-constexpr std::array kUpdates = {"interrupt", "drain"};
 
 // visit(name, member) for a number, visit(name, member, names) for a policy.
 template <typename Visitor>

@@ -105,9 +105,11 @@ std::pair<py::array, py::array> handle_each(Guarded& self, const py::array& even
   return {as_array(made.actions), as_array(made.answers)};
 }
 
-void bind_events(py::class_<Guarded>& type) {
-  using Time = std::int64_t;
-  using Count = std::int64_t;
+using Time = std::int64_t;
+using Count = std::int64_t;
+
+// One method per event. Of prompts and their leases.
+void bind_words(py::class_<Guarded>& type) {
   type.def(
           "offered",
           [](Guarded& self, Time time, GroupId group, Count samples, Count prompt_tokens,
@@ -138,8 +140,11 @@ void bind_events(py::class_<Guarded>& type) {
                               .reason = reason_of(reason)});
           },
           py::arg("time"), py::arg("lease"), py::arg("reason"), py::arg("tokens") = 0,
-          "By stop, length, paused, repetition or failed; tokens: since the last `tokens`.")
-      .def(
+          "By stop, length, paused, repetition or failed; tokens: since the last `tokens`.");
+}
+
+void bind_engine_events(py::class_<Guarded>& type) {
+  type.def(
           "joined",
           [](Guarded& self, Time time, EngineId engine, std::int64_t version, Count kv_capacity,
              Count max_sequences) {
@@ -174,6 +179,20 @@ void bind_events(py::class_<Guarded>& type) {
           },
           py::arg("time"), py::arg("engine"), py::arg("version"), "It serves `version`.")
       .def(
+          "stats",
+          [](Guarded& self, Time time, EngineId engine, Count kv_tokens) {
+            return one(self, {.time = time,
+                              .kind = EventKind::kEngineStats,
+                              .engine = engine,
+                              .tokens = kv_tokens});
+          },
+          py::arg("time"), py::arg("engine"), py::arg("kv_tokens"),
+          "Tokens in the engine's KV cache, as it counts.");
+}
+
+// Of the trainer and of the clock.
+void bind_trainer_events(py::class_<Guarded>& type) {
+  type.def(
           "published",
           [](Guarded& self, Time time, std::int64_t version) {
             return one(self,
@@ -187,16 +206,6 @@ void bind_events(py::class_<Guarded>& type) {
           },
           py::arg("time"), "The trainer takes a batch; with it an iteration begins.")
       .def(
-          "stats",
-          [](Guarded& self, Time time, EngineId engine, Count kv_tokens) {
-            return one(self, {.time = time,
-                              .kind = EventKind::kEngineStats,
-                              .engine = engine,
-                              .tokens = kv_tokens});
-          },
-          py::arg("time"), py::arg("engine"), py::arg("kv_tokens"),
-          "Tokens in the engine's KV cache, as it counts.")
-      .def(
           "elapsed",
           [](Guarded& self, Time time) {
             return one(self, {.time = time, .kind = EventKind::kTime});
@@ -204,9 +213,7 @@ void bind_events(py::class_<Guarded>& type) {
           py::arg("time"), "Deadlines are looked at.");
 }
 
-}  // namespace
-
-void bind_scheduler(py::module_& rollout) {
+void bind_blocker(py::module_& rollout) {
   py::class_<Blocker>(rollout, "Blocker", "What an iteration waits for. since: microseconds.",
                       py::is_final())
       .def_property_readonly("kind", [](const Blocker& self) { return name_of(self.kind); })
@@ -227,6 +234,12 @@ void bind_scheduler(py::module_& rollout) {
         text << ')';
         return text.str();
       });
+}
+
+}  // namespace
+
+void bind_scheduler(py::module_& rollout) {
+  bind_blocker(rollout);
   py::class_<Guarded> type(
       rollout, "Scheduler",
       "The rollout scheduler: events in, actions out; no clock, no thread, no I/O. Times are "
@@ -268,7 +281,9 @@ void bind_scheduler(py::module_& rollout) {
       .def_property_readonly("config", [](Guarded& self) {
         return self.with([](Scheduler& s) { return s.config(); });
       });
-  bind_events(type);
+  bind_words(type);
+  bind_engine_events(type);
+  bind_trainer_events(type);
 }
 
 }  // namespace kimisys::bindings

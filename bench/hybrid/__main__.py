@@ -16,11 +16,6 @@ from bench.harness import machine
 from bench.hybrid.predict import microseconds_per_token, model_of
 from bench.hybrid.runs import Measured, Side, run, warm_up
 
-SIDES = (
-    Side("whole", ("--rollouts", "whole")),
-    Side("budget", ("--rollouts", "budget")),
-)
-
 
 @dataclass(frozen=True)
 class HybridConfig:
@@ -33,10 +28,18 @@ class HybridConfig:
     """A pair of runs each. Engines and training are calibrated on the first whole run alone."""
     steps: int = 20
     prompts: int = 16
+    live: int = 256
+    """Completions under way in the engines of the budgeted side, two batches of them."""
     sft_steps: int = 300
     """Of the model that all runs start from."""
     train: tuple[str, ...] = field(default=())
     """Further options of both sides, of `kimisys train`."""
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """The synchronous loop, and partial rollouts."""
+        budget = ("--rollouts", "budget", "--live-limit", str(self.live))
+        return Side("whole", ("--rollouts", "whole")), Side("budget", budget)
 
     @property
     def options(self) -> list[str]:
@@ -58,7 +61,7 @@ def main(
     with console.status("supervised warm-up") as status:
         model = warm_up(config.out, config.sft_steps)
         for seed in config.seeds:
-            for side in SIDES:
+            for side in config.sides:
                 status.update(f"seed {seed}, {side.name}")
                 runs.append(run(side, seed, model, config.out, config.options))
                 console.print(_line(runs[-1]), highlight=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kimisys._core.rollout import EngineModel, Simulation, simulate
+from kimisys.rollout import EngineModel, Simulation, simulate
 from kimisys.rollout.calibration import (
     TERMS,
     Calibration,

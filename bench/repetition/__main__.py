@@ -16,7 +16,7 @@ from rich.table import Table
 from bench.repetition.study import Alarms, Planted, alarms, planted
 from bench.repetition.texts import KINDS, documents
 from bench.repetition.tokens import characters, trained_bpe, utf8_bytes
-from kimisys._core.rollout import RepetitionConfig
+from kimisys.rollout import RepetitionConfig
 
 
 @dataclass(frozen=True)

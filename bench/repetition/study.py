@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kimisys._core.rollout import RepetitionConfig, RepetitionDetector
+from kimisys.rollout import RepetitionConfig, RepetitionDetector
 
 PERIODS = (1, 7, 40, 150, 400)
 ROUNDS_LATER = 30_000  # tokens of a loop: beyond it a response would be at its limit

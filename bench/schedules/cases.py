@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kimisys._core.rollout import Lots
+from kimisys.rollout import Lots
 from kimisys.rollout.measure import Setting, mean_length
 from kimisys.rollout.policies import Policy
 from kimisys.rollout.workload import Prompts, lognormal

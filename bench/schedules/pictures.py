@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kimisys._core.rollout import Config, EngineModel, Lots, Outcome, Simulation, simulate
+from kimisys.rollout import Config, EngineModel, Lots, Outcome, Simulation, simulate
 from kimisys.rollout.policies import FOREVER
 from kimisys.rollout.workload import Prompts, lognormal
 from kimisys.trainer.gantt import Bars, draw_gantt

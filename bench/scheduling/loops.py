@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kimisys._core.rollout import RepetitionConfig
+from kimisys.rollout import RepetitionConfig
 
 
 def first_loop(tokens: np.ndarray, config: RepetitionConfig) -> tuple[int, int] | None:

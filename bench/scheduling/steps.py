@@ -7,7 +7,7 @@ from collections import deque
 
 import numpy as np
 
-from kimisys._core.rollout import EngineModel, Lots
+from kimisys.rollout import EngineModel, Lots
 
 TICKS = 10**13  # in a second: what the simulator rounds costs to
 

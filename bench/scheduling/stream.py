@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bench.scheduling.plain import Answer, PlainScheduler
-from kimisys._core.rollout import ACTION, EVENT, ActionKind, Config, EndReason, EventKind, Scheduler
+from kimisys.rollout import ACTION, EVENT, ActionKind, Config, EndReason, EventKind, Scheduler
 
 SAMPLES, PROMPT_TOKENS, LIMIT = 8, 100, 4096
 REPORT, LAST = 16, 7  # tokens of a report; and of a lease's end

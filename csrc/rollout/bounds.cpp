@@ -98,19 +98,15 @@ void Work::add(const Output& output) {
   kv += prompt * length + length * (length - 1) / 2;
   prefill += prompt;
   longest = std::max(longest, output.length);
-  peak += prompt + length - 1;
-}
-
-double least_steps(const Work& work, const EngineModel& model) {
-  return std::max({work.tokens / static_cast<double>(model.max_sequences),
-                   work.kv / static_cast<double>(model.kv_capacity),
-                   static_cast<double>(work.longest)});
 }
 
 double least_seconds(const Work& work, const EngineModel& model) {
   const Seconds costs(model);
-  return costs.step * least_steps(work, model) + costs.sequence * work.tokens +
-         costs.kv_token * work.kv + costs.prefill_token * work.prefill;
+  const double steps = std::max({work.tokens / static_cast<double>(model.max_sequences),
+                                 work.kv / static_cast<double>(model.kv_capacity),
+                                 static_cast<double>(work.longest)});
+  return costs.step * steps + costs.sequence * work.tokens + costs.kv_token * work.kv +
+         costs.prefill_token * work.prefill;
 }
 
 std::vector<std::vector<Output>> whole_iterations(const Simulation& simulation, const Lots& lots) {

@@ -37,14 +37,12 @@ struct Work {
   double kv = 0;       // KV tokens read, over all steps
   double prefill = 0;  // tokens
   std::int64_t longest = 0;
-  double peak = 0;  // KV tokens that all would hold at their ends together
 
   void add(const Output& output);
 };
 
-// Fewest steps in which one engine can do that.
-double least_steps(const Work& work, const EngineModel& model);
-// Fewest seconds. Exact where all start at once and fit until their ends.
+// Fewest seconds in which one engine can do that. Exact where all start at once and fit until their
+// ends.
 double least_seconds(const Work& work, const EngineModel& model);
 
 // Checked as bounds() does: the trajectories of each iteration, in order.

@@ -25,6 +25,11 @@ double alive(double time, double rest) {
   return 1 / (1 + x + x * x / 2);
 }
 
+// What the engine holds, as far as it is known.
+double held(const Engine& engine) {
+  return static_cast<double>(engine.kv_tokens + engine.kv_unheard);
+}
+
 // What may be held before the cache is in danger.
 double safe(const Engine& engine, double sequences) {
   const auto capacity = static_cast<double>(engine.kv_capacity);
@@ -80,24 +85,22 @@ bool has_room(const State& state, const Predictor& predictor, const Engine& engi
   if (state.config.concurrency == Concurrency::kFixed || engine.sequences == 0) return true;
   const double planned = state.config.kv_headroom * static_cast<double>(engine.kv_capacity);
   const auto context = static_cast<double>(state.context(trajectory));
-  if (static_cast<double>(engine.kv_tokens) + context > planned) return false;
+  if (held(engine) + context > planned) return false;
   // No sequence with a mean rest of r is expected to hold more than 0.415 r above what it has now.
   const double growth = 0.415 * predictor.typical() * static_cast<double>(engine.sequences + 1);
-  if (static_cast<double>(engine.kv_tokens) + context + growth <= planned) return true;
-  return peak(state, predictor, engine, trajectory) <= planned;
+  if (held(engine) + context + growth <= planned) return true;
+  const auto unheard = static_cast<double>(engine.kv_unheard);
+  return peak(state, predictor, engine, trajectory) + unheard <= planned;
 }
 
 std::vector<Slot> overflow(const State& state, const Predictor& predictor, const Engine& engine) {
   std::vector<Slot> paused;
   if (state.config.concurrency == Concurrency::kFixed) return paused;
-  if (static_cast<double>(engine.kv_tokens) <=
-      safe(engine, static_cast<double>(engine.sequences))) {
-    return paused;
-  }
+  if (held(engine) <= safe(engine, static_cast<double>(engine.sequences))) return paused;
   // The shortest are the cheapest to compute again, those that may end soonest can wait longest.
   // The last one stays: elsewhere it would not fit better.
   std::vector<std::pair<double, Slot>> running;
-  double tokens = 0;
+  auto tokens = static_cast<double>(engine.kv_unheard);
   for (const Slot slot : engine.leases) {
     if (state.trajectories[slot].phase != Phase::kRunning) continue;
     const auto context = static_cast<double>(state.context(slot));

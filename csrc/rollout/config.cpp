@@ -1,6 +1,5 @@
 #include "rollout/config.h"
 
-#include <array>
 #include <cmath>
 #include <ostream>
 
@@ -14,8 +13,8 @@ constexpr auto kCode = ErrorCode::kScheduler;
 constexpr std::int64_t kMost = std::int64_t{1} << 60;
 
 template <typename Choice>
-void check_choice(const char* field, Choice choice, std::uint32_t choices) {
-  const auto value = static_cast<std::uint32_t>(choice);
+void check_choice(const char* field, Choice choice, std::size_t choices) {
+  const auto value = static_cast<std::size_t>(choice);
   KIMISYS_CHECK(value < choices, kCode, "config: ", field, " is ", value,
                 ", which names none of its ", choices, " policies");
 }
@@ -53,12 +52,12 @@ void check_staleness(const Config& config) {
 }  // namespace
 
 void check(const Config& config) {
-  check_choice("deployment", config.deployment, 2);
-  check_choice("placement", config.placement, 4);
-  check_choice("order", config.order, 3);
-  check_choice("staleness", config.staleness, 3);
-  check_choice("concurrency", config.concurrency, 2);
-  check_choice("update", config.update, 2);
+  check_choice("deployment", config.deployment, kDeployments.size());
+  check_choice("placement", config.placement, kPlacements.size());
+  check_choice("order", config.order, kOrders.size());
+  check_choice("staleness", config.staleness, kStalenesses.size());
+  check_choice("concurrency", config.concurrency, kConcurrencies.size());
+  check_choice("update", config.update, kUpdates.size());
   check_range("token_budget", config.token_budget, 0);
   check_range("groups", config.groups, 0);
   check_range("segment_tokens", config.segment_tokens, 0);
@@ -85,29 +84,20 @@ void check(const Config& config) {
 }
 
 std::ostream& operator<<(std::ostream& stream, const Config& config) {
-  constexpr std::array deployment = {"alternate", "overlap"};
-  constexpr std::array placement = {"group_round_robin", "least_loaded", "kv_aware", "sticky"};
-  constexpr std::array order = {"fifo", "longest_first", "probe_first"};
-  constexpr std::array staleness = {"wait", "drop", "admission"};
-  constexpr std::array concurrency = {"fixed", "kv"};
-  constexpr std::array update = {"interrupt", "drain"};
-  return stream << "Config(deployment="
-                << deployment.at(static_cast<std::size_t>(config.deployment))
-                << ", placement=" << placement.at(static_cast<std::size_t>(config.placement))
-                << ", order=" << order.at(static_cast<std::size_t>(config.order))
-                << ", staleness=" << staleness.at(static_cast<std::size_t>(config.staleness))
-                << ", concurrency=" << concurrency.at(static_cast<std::size_t>(config.concurrency))
-                << ", update=" << update.at(static_cast<std::size_t>(config.update))
-                << ", token_budget=" << config.token_budget << ", groups=" << config.groups
-                << ", over_issue=" << config.over_issue
-                << ", segment_tokens=" << config.segment_tokens
-                << ", live_limit=" << config.live_limit
-                << ", max_staleness=" << config.max_staleness
-                << ", lease_timeout=" << config.lease_timeout
-                << ", max_failures=" << config.max_failures
-                << ", prefill_cost=" << config.prefill_cost << ", step_cost=" << config.step_cost
-                << ", sequence_cost=" << config.sequence_cost << ", kv_cost=" << config.kv_cost
-                << ", kv_headroom=" << config.kv_headroom << ')';
+  return stream
+         << "Config(deployment=" << kDeployments.at(static_cast<std::size_t>(config.deployment))
+         << ", placement=" << kPlacements.at(static_cast<std::size_t>(config.placement))
+         << ", order=" << kOrders.at(static_cast<std::size_t>(config.order))
+         << ", staleness=" << kStalenesses.at(static_cast<std::size_t>(config.staleness))
+         << ", concurrency=" << kConcurrencies.at(static_cast<std::size_t>(config.concurrency))
+         << ", update=" << kUpdates.at(static_cast<std::size_t>(config.update))
+         << ", token_budget=" << config.token_budget << ", groups=" << config.groups
+         << ", over_issue=" << config.over_issue << ", segment_tokens=" << config.segment_tokens
+         << ", live_limit=" << config.live_limit << ", max_staleness=" << config.max_staleness
+         << ", lease_timeout=" << config.lease_timeout << ", max_failures=" << config.max_failures
+         << ", prefill_cost=" << config.prefill_cost << ", step_cost=" << config.step_cost
+         << ", sequence_cost=" << config.sequence_cost << ", kv_cost=" << config.kv_cost
+         << ", kv_headroom=" << config.kv_headroom << ')';
 }
 
 }  // namespace kimisys::rollout

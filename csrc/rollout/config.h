@@ -1,6 +1,7 @@
 // What a scheduler does is composed of named policies; this is the composition.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <iosfwd>
 
@@ -17,9 +18,11 @@ enum class Deployment : std::uint32_t { kAlternate, kOverlap };
 // kKvAware, but what has begun on an engine stays there while that has room.
 enum class Placement : std::uint32_t { kGroupRoundRobin, kLeastLoaded, kKvAware, kSticky };
 
-// Which waiting trajectory goes first (queue.h); what has begun always goes before what has not.
+// Which waiting trajectory goes first (queue.h); what has begun goes before what has not.
 // kFifo: as offered. kLongestFirst: longest predicted rest first. kProbeFirst: one sample of each
-// group before the others, whose length its siblings are then predicted from, longest first.
+// group before the others, whose length its siblings are then predicted from, longest first. In
+// iterations that end when everything has finished (no token_budget, over_issue or live_limit) the
+// others go by what they may yet take at the most, begun or not, and what runs yields to them.
 enum class Order : std::uint32_t { kFifo, kLongestFirst, kProbeFirst };
 
 // What happens to a group that would grow too stale (staleness.h). kWait: its iteration does not
@@ -34,6 +37,15 @@ enum class Concurrency : std::uint32_t { kFixed, kKv };
 // What a new version does to segments that run. kInterrupt: they are paused, and go on under it.
 // kDrain: they end first.
 enum class Update : std::uint32_t { kInterrupt, kDrain };
+
+// Their names, by value: what Python, traces and messages spell.
+inline constexpr std::array kDeployments = {"alternate", "overlap"};
+inline constexpr std::array kPlacements = {"group_round_robin", "least_loaded", "kv_aware",
+                                           "sticky"};
+inline constexpr std::array kOrders = {"fifo", "longest_first", "probe_first"};
+inline constexpr std::array kStalenesses = {"wait", "drop", "admission"};
+inline constexpr std::array kConcurrencies = {"fixed", "kv"};
+inline constexpr std::array kUpdates = {"interrupt", "drain"};
 
 struct Config {
   Deployment deployment = Deployment::kAlternate;
@@ -54,8 +66,7 @@ struct Config {
   double over_issue = 1.0;
   // Most output tokens of a segment; 0: until its end, or the budget's.
   std::int64_t segment_tokens = 0;
-  // With a budget: most trajectories that have begun and not ended, over all engines; 0: what the
-  // engines hold.
+  // Most trajectories that have begun and not ended, over all engines; 0: what the engines hold.
   std::int64_t live_limit = 0;
   // Versions between the oldest token of a group and the trainer's when the group is handed over;
   // negative: no bound.

@@ -93,13 +93,17 @@ void audit_engines(const Machine& machine) {
   std::int64_t leases = 0;
   for (const Engine& engine : machine.state.engines) {
     std::int64_t context = 0;
-    for (const Slot slot : engine.leases) context += machine.state.context(slot);
+    std::int64_t pausing = 0;
+    for (const Slot slot : engine.leases) {
+      context += machine.state.context(slot);
+      pausing += machine.state.trajectories[slot].phase == Phase::kPausing ? 1 : 0;
+    }
     const bool serves =
         engine.phase == EnginePhase::kServing || engine.phase == EnginePhase::kUpdating;
     active += serves ? 1 : 0;
     leases += engine.sequences;
     hold(engine.sequences == static_cast<std::int64_t>(engine.leases.size()) &&
-             engine.kv_tokens == context,
+             engine.kv_tokens == context && engine.pausing == pausing,
          "engine ", engine.id, " counts its leases wrong");
     hold(serves || engine.asked == kNoVersion, "engine ", engine.id,
          " takes a version and is gone");

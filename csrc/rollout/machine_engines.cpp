@@ -1,4 +1,6 @@
 // Engines: who serves, who is to take a version, who leaves.
+#include <algorithm>
+
 #include "base/error.h"
 #include "rollout/machine.h"
 
@@ -125,8 +127,9 @@ bool Machine::reported(const Event& event) {
     ++ledger.late;
     return false;
   }
-  engine.kv_reported = event.tokens;
-  return false;
+  const std::int64_t before = engine.kv_unheard;
+  engine.kv_unheard = std::max<std::int64_t>(0, event.tokens - engine.kv_tokens);
+  return engine.kv_unheard < before;  // there is room for what waits
 }
 
 bool Machine::published(const Event& event) {

@@ -163,7 +163,7 @@ bool Machine::tokens(const Event& event) {
   for (const Slot victim : overflow(state, predictor, state.engines[trajectory.engine_place])) {
     pause(victim);
   }
-  if (yields(state, predictor, slot, queue.front(state))) pause(slot);
+  if (yields(state, predictor, slot, queue.front())) pause(slot);
   // Words of leases close an iteration when they reach its budget, and open it again when one that
   // was asked to pause has begun a group that it must not end without.
   const std::int64_t budget = state.config.token_budget;

@@ -105,7 +105,7 @@ void Machine::start() {
   }
   const std::int64_t most = state.config.live_limit > 0 ? state.config.live_limit : kNever;
   for (;;) {
-    const Slot slot = queue.front(state);
+    const Slot slot = queue.front();
     if (slot == kNoSlot) {
       if (active == 0 || !admit_next()) break;
       continue;

@@ -1,4 +1,6 @@
 // Leases: one attempt at a segment each, from its start to its end or death.
+#include <algorithm>
+
 #include "rollout/budget.h"
 #include "rollout/machine.h"
 
@@ -57,6 +59,7 @@ void Machine::pause(Slot slot) {
   Trajectory& trajectory = state.trajectories[slot];
   if (trajectory.phase != Phase::kRunning) return;
   trajectory.phase = Phase::kPausing;
+  ++state.engines[trajectory.engine_place].pausing;
   trajectory.since = state.now;
   act(ActionKind::kPause, slot).deadline = Deadlines::of(state, trajectory);
 }
@@ -70,6 +73,8 @@ void Machine::arrive(Slot slot, std::int64_t tokens) {
   trajectory.tokens += tokens;
   trajectory.failures = 0;
   engine.kv_tokens += tokens;
+  // Heard of now; the next report says what else there is.
+  engine.kv_unheard = std::max<std::int64_t>(0, engine.kv_unheard - tokens);
   spent += tokens;
 }
 
@@ -81,6 +86,7 @@ void Machine::release(Slot slot) {
   state.trajectories[last].lease_place = trajectory.lease_place;
   engine.leases.pop_back();
   --engine.sequences;
+  if (trajectory.phase == Phase::kPausing) --engine.pausing;
   engine.kv_tokens -= state.context(slot);
   --running;
   trajectory.phase = Phase::kFree;
@@ -93,7 +99,10 @@ void Machine::release(Slot slot) {
     }
     versions.back().tokens += tokens;
   }
-  if (engine.leases.empty()) idle(engine);
+  if (engine.leases.empty()) {
+    engine.kv_unheard = 0;
+    idle(engine);
+  }
 }
 
 void Machine::wait(Slot slot) {

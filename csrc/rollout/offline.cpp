@@ -282,6 +282,9 @@ Offline offline(const Simulation& simulation, const Lots& lots, std::int64_t eva
   for (const std::vector<Output>& outputs : iterations) {
     Search search(simulation.engines, outputs, evaluations, seed++);
     found.iterations.push_back(search.run());
+    KIMISYS_CHECK(found.iterations.back().seconds < seconds_of(kMaxTicks), ErrorCode::kScheduler,
+                  "offline: iteration ", found.iterations.size(), " of ", iterations.size(),
+                  " takes more than ten days; are the costs of the engines in seconds?");
     found.seconds += found.iterations.back().seconds;
     found.evaluations += search.evaluations();
   }

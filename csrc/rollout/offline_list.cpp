@@ -56,16 +56,19 @@ std::int64_t held_steps(const EngineModel& model, std::span<const Output> output
   return step;
 }
 
-// Nothing is computed twice and no step is empty: the time is the sum of what each token costs.
+// Nothing is computed twice and no step is empty: the time is the sum of what each token costs. At
+// most kMaxTicks.
 Ticks unbroken_time(const EngineModel& model, std::span<const Output> outputs,
                     std::span<const std::uint32_t> list, std::int64_t steps) {
   const StepCosts costs(model);
-  Ticks time = costs.step * steps;
+  Wide time = Wide{costs.step} * steps;
   for (const std::uint32_t i : list) {
-    time += costs.decode(outputs[i].length, 1, outputs[i].prompt) - costs.step * outputs[i].length +
-            costs.prefill_token * outputs[i].prompt;
+    const Ticks alone = costs.decode(outputs[i].length, 1, outputs[i].prompt);
+    if (alone == kMaxTicks) return kMaxTicks;
+    time += Wide{alone} - Wide{costs.step} * outputs[i].length +
+            Wide{costs.prefill_token} * outputs[i].prompt;
   }
-  return time;
+  return static_cast<Ticks>(std::min(time, Wide{kMaxTicks}));
 }
 
 Ticks at_once_time(const EngineModel& model, std::span<const Output> outputs,

@@ -9,13 +9,13 @@
 namespace kimisys::rollout {
 
 // An engine that serves, has room by concurrency.h and suits the policy, or kNoEngine: it waits.
-// So it does where it suits best an engine that takes a version: the first that has would get all.
-// O(engines).
+// So it does where it suits best an engine that takes a version, unless one idles: the first that
+// has would get all. O(engines).
 EngineId place(const State& state, const Predictor& predictor, Slot trajectory);
 
 // When nothing waits: running trajectories to pause because another engine would gain more by
 // having them than computing their KV again costs. Empty for policies that move nothing. They are
-// then placed by `place`. O(engines) where there is nothing to do.
+// then placed by `place`. One at a time; O(engines).
 std::vector<Slot> moves(const State& state, const Predictor& predictor);
 
 // Whether a running trajectory is to be paused for `waiting`, the first of the queue, which may yet
@@ -33,7 +33,8 @@ bool serves(const State& state, const Engine& engine);
 // Whether it may be, or as soon as it has taken a version; one that must still drain may not.
 bool will_serve(const State& state, const Engine& engine);
 
-// `place` for kKvAware and kSticky: the engine whose steps are the shortest.
+// `place` for kKvAware and kSticky: the engine whose steps are the shortest or, if it has no room,
+// of those with a larger cache.
 EngineId place_kv(const State& state, const Predictor& predictor, Slot trajectory);
 
 }  // namespace kimisys::rollout

@@ -64,6 +64,6 @@ void Queue::refresh(const State& state, const Predictor& predictor) {
   }
 }
 
-Slot Queue::front(const State&) const { return order_.empty() ? kNoSlot : order_.begin()->slot; }
+Slot Queue::front() const { return order_.empty() ? kNoSlot : order_.begin()->slot; }
 
 }  // namespace kimisys::rollout

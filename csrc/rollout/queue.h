@@ -32,7 +32,7 @@ class Queue {
 
   // The next, without taking it out; kNoSlot: none. Where it is refused because no engine has
   // room, the others would be too. O(1).
-  Slot front(const State& state) const;
+  Slot front() const;
 
   std::size_t size() const { return order_.size(); }
   std::size_t begun() const { return begun_; }  // of those, how many have tokens
@@ -42,7 +42,7 @@ class Queue {
   struct Key {
     Rank rank = Rank::kOther;
     std::int64_t round = 0;  // what an earlier iteration left goes first; what has begun: -1
-    double rest = 0;  // predicted, negated: the longest first; 0 where it does not count
+    double rest = 0;         // predicted, negated: the longest first; 0 where it does not count
     bool begun = false;
     std::uint64_t number = 0;
     std::uint32_t sample = 0;

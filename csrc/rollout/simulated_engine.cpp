@@ -5,12 +5,6 @@
 
 namespace kimisys::rollout {
 
-namespace {
-
-__extension__ using Wide = __int128;
-
-}  // namespace
-
 Ticks ticks_of(double seconds) { return std::llround(seconds * kTicksPerSecond); }
 
 StepCosts::StepCosts(const EngineModel& model)

@@ -15,6 +15,7 @@ namespace kimisys::rollout {
 // Simulated time in tenths of a picosecond: with integers, n steps at once take exactly as long as
 // n steps one by one. 63 bits hold 10 days.
 using Ticks = std::int64_t;
+__extension__ using Wide = __int128;  // sums of products of them
 constexpr Ticks kTicksPerMicrosecond = 10'000'000;
 constexpr double kTicksPerSecond = 1e13;
 constexpr Ticks kMaxTicks = 9'000'000'000'000'000'000;

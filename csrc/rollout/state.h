@@ -48,8 +48,8 @@ struct Group {
   std::vector<Slot> trajectories;  // by sample
   std::uint32_t finished = 0;
   std::int64_t round = 0;  // the iteration in which it was admitted
-  bool admitted = false;  // its trajectories may be leased
-  bool used = false;      // the slot
+  bool admitted = false;   // its trajectories may be leased
+  bool used = false;       // the slot
 };
 
 // kUpdating: it is to take a version as soon as it is idle, and gets nothing new. kLeaving: it gets
@@ -64,8 +64,9 @@ struct Engine {
   std::int64_t max_sequences = 0;
   std::int64_t asked = kNoVersion;  // the version it was told to take, until it has
   std::int64_t kv_tokens = 0;       // prompts and outputs of its leases
-  std::int64_t kv_reported = 0;     // KV tokens in use by its last word on it
+  std::int64_t kv_unheard = 0;      // KV tokens that it said were in use beyond those
   std::int64_t sequences = 0;       // leases
+  std::int64_t pausing = 0;         // of those, asked to pause
   std::int64_t since = 0;           // microseconds: when it came into its phase
   std::vector<Slot> leases;         // in no order
 };

@@ -2,27 +2,41 @@
 
 ``Scheduler`` (C++) is told events and answers actions; it has no clock, no thread and no I/O.
 ``Driver`` runs one against engines from an asyncio loop; ``ReplayBuffer`` holds what they made,
-``replay`` runs a recorded trace again. Needs numpy alone; docs/rollout.md explains it.
+``replay`` runs a recorded trace again; ``simulate`` runs the scheduler with simulated engines,
+``bounds`` and ``offline`` say how good any schedule could be. Needs numpy alone; docs/rollout.md
+explains it.
 """
 
 from kimisys._core.rollout import (
     ACTION,
     EVENT,
+    SPAN,
     Action,
     ActionKind,
     Blocker,
+    Bounds,
     Config,
     Counts,
     DropReason,
     EndReason,
+    EngineModel,
     EventKind,
     Ledger,
     Lengths,
+    Lots,
+    Offline,
+    OfflineSchedule,
+    Outage,
+    Outcome,
     Repetition,
     RepetitionConfig,
     RepetitionDetector,
     Scheduler,
+    Simulation,
     as_actions,
+    bounds,
+    offline,
+    simulate,
 )
 from kimisys.rollout.batch import Batch, Dropped
 from kimisys.rollout.buffer import Group, Prompt, ReplayBuffer, Segment, Trajectory
@@ -34,10 +48,12 @@ from kimisys.rollout.trace import Difference, Recording, Replay, Trace, read_tra
 __all__ = [
     "ACTION",
     "EVENT",
+    "SPAN",
     "Action",
     "ActionKind",
     "Batch",
     "Blocker",
+    "Bounds",
     "Config",
     "Counts",
     "Difference",
@@ -46,11 +62,17 @@ __all__ = [
     "Dropped",
     "EndReason",
     "Engine",
+    "EngineModel",
     "EngineStats",
     "EventKind",
     "Group",
     "Ledger",
     "Lengths",
+    "Lots",
+    "Offline",
+    "OfflineSchedule",
+    "Outage",
+    "Outcome",
     "Prompt",
     "Recording",
     "Repetition",
@@ -62,10 +84,14 @@ __all__ = [
     "Segment",
     "SegmentOutput",
     "SegmentRequest",
+    "Simulation",
     "Span",
     "Trace",
     "Trajectory",
     "as_actions",
+    "bounds",
+    "offline",
     "read_trace",
     "replay",
+    "simulate",
 ]

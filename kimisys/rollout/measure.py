@@ -21,6 +21,9 @@ from kimisys._core.rollout import (
 from kimisys.errors import WorkloadError
 from kimisys.rollout.policies import Policy, policy
 
+PARTS = (8, 16)
+"""Engines of the parts in which the offline search also looks at many."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -112,17 +115,48 @@ def run(
 def floor(setting: Setting, lots: Lots, evaluations: int, seed: int) -> Floor:
     """Bound and best schedule of the measured iterations as whole ones, without training.
 
-    evaluations: lists of engines to time for each batch; 0: no search. Raises as `run`.
+    evaluations: lists of engines that each search may time for each batch; 0: no search. All
+    engines are searched together, and in parts of PARTS engines, as a search over many engines
+    stays near its start. Raises as `run`.
     """
     alone = replace(setting, train_base=0.0, train_token=0.0, reward_latency=0.0)
     known = _simulation(policy("default"), alone, lots, setting.iterations, None)
-    found = offline(known, lots, evaluations, seed) if evaluations else None
-    return Floor(
-        setting.iterations,
-        bounds(known, lots).seconds,
-        found.seconds if found is not None else None,
-        found.evaluations if found is not None else 0,
-    )
+    least = bounds(known, lots).seconds
+    if not evaluations:
+        return Floor(setting.iterations, least, None, 0)
+    found = offline(known, lots, evaluations, seed)
+    total, spent = 0.0, found.evaluations
+    update = found.seconds - sum(each.seconds for each in found.iterations)
+    for number, whole in enumerate(found.iterations):
+        best = whole.seconds
+        for engines in (each for each in PARTS if alone.engines % each == 0):
+            if engines < alone.engines:
+                seconds, more = _in_parts(alone, lots, number, engines, evaluations, seed)
+                best, spent = min(best, seconds), spent + more
+        total += best
+    return Floor(setting.iterations, least, total + update, spent)
+
+
+def _in_parts(
+    setting: Setting, lots: Lots, number: int, engines: int, evaluations: int, seed: int
+) -> tuple[float, int]:
+    """Seconds of the best schedule of batch `number` where `engines` engines each share a part of
+    its trajectories, dealt out longest first; and the lists that were timed."""
+    first, last = (setting.groups * lots.samples * n for n in (number, number + 1))
+    lengths = np.minimum(np.asarray(lots.lengths)[first:last], lots.limit)
+    prompts = np.repeat(np.asarray(lots.prompt_tokens), lots.samples)[first:last]
+    order = np.argsort(-lengths, kind="stable")
+    parts = setting.engines // engines
+    longest, spent = 0.0, 0
+    for part in range(parts):
+        mine = order[part::parts]
+        share = Lots(prompts[mine], lengths[mine], samples=1, limit=lots.limit)
+        smaller = replace(setting, engines=engines, groups=len(mine))
+        known = _simulation(policy("default"), smaller, share, 1, None)
+        found = offline(known, share, evaluations, seed)
+        longest = max(longest, found.iterations[0].seconds)
+        spent += found.evaluations
+    return longest, spent
 
 
 def _simulation(

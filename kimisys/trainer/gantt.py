@@ -61,16 +61,15 @@ def lanes(bars: Bars) -> npt.NDArray[np.int64]:
 def running(bars: Bars, engine: int, edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """How many of the engine's bars run in the mean between each two of `edges` (seconds)."""
     mine = bars.engine == engine
-    if not mine.any():
-        return np.zeros(len(edges) - 1)
     times = np.concatenate([bars.start[mine], bars.end[mine]])
     steps = np.repeat([1, -1], int(mine.sum()))
     order = np.argsort(times, kind="stable")
     times, level = times[order], np.cumsum(steps[order])
+    if not len(times):
+        return np.zeros(len(edges) - 1)
     # the integral of a step function at the edges, by its value at each step
     area = np.concatenate([[0.0], np.cumsum(level[:-1] * np.diff(times))])
-    total = np.interp(edges, times, area)
-    return np.diff(total) / np.diff(edges)
+    return np.diff(np.interp(edges, times, area)) / np.diff(edges)
 
 
 def draw_gantt(

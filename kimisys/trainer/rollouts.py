@@ -45,7 +45,8 @@ class Rollouts:
             engines,
             prompts,
             stop_token_ids=(stop_token,),
-            seed=config.seed,
+            # what is sampled together is a matter of time here, so seeds would repeat nothing
+            seed=None if config.partial else config.seed,
             repetition=RepetitionConfig() if config.partial and config.early_stop else None,
             trace=log.trace,
             # the engines' clients give up earlier, by name; following a version takes three calls

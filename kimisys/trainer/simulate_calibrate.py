@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kimisys._core.rollout import EngineModel, Simulation, simulate
+from kimisys.rollout import EngineModel, Simulation, simulate
 from kimisys.rollout.calibration import TERMS, Calibration, calibrated
 from kimisys.rollout.policies import FOREVER
 from kimisys.rollout.workload import extended

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from kimisys._core.rollout import Lots, Outcome
 from kimisys.errors import WorkloadError
+from kimisys.rollout import Lots, Outcome
 from kimisys.rollout.measure import (
     Floor,
     Measured,

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from kimisys._core.rollout import Outcome
+from kimisys.rollout import Outcome
 from kimisys.trainer.gantt import COLOURS, Bars, draw_gantt
 
 _INK, _FAINT = "#3b4450", "#d5dae0"

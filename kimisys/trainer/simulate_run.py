@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kimisys._core.rollout import ActionKind, Config, EndReason, EventKind, Lots
+from kimisys.rollout import ActionKind, Config, EndReason, EventKind, Lots
 from kimisys.rollout.trace import read_trace
 from kimisys.trainer.metrics import RunFolderError
 
+# Of a simulated engine; a run without a token budget tells the scheduler of no bounds.
+_MOST_SEQUENCES, _MOST_KV = 1 << 20, 1 << 24
 _LAST = frozenset({int(EndReason.STOP), int(EndReason.REPETITION)})
 _STARTS = frozenset({int(ActionKind.START), int(ActionKind.CONTINUE)})
 _DEATHS = frozenset({int(ActionKind.ABORT), int(ActionKind.REQUEUE)})  # what still comes is late
@@ -80,7 +82,9 @@ def recorded_run(path: Path) -> RecordedRun:
     lots, unfinished = told.lots(whole.config)
     return RecordedRun(
         config=whole.config,
-        engines=list(told.engines.values()),
+        engines=[
+            (min(kv, _MOST_KV), min(most, _MOST_SEQUENCES)) for kv, most in told.engines.values()
+        ],
         lots=lots,
         unfinished=unfinished,
         begun=len(told.tokens),

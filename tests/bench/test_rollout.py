@@ -54,6 +54,16 @@ def test_the_case_of_the_scheduler_checks_and_agrees() -> None:
     assert case.agree()
 
 
+@pytest.mark.parametrize("config", [Config(groups=30), Config(token_budget=20_000)], ids=repr)
+def test_the_default_policies_are_timed_too(config: Config) -> None:
+    case = scheduling("default", config, live=100, engines=4, count=3000, plain=False)
+    case.before()
+    case.ours()
+    assert case.correct()
+    assert not case.peers
+    assert case.figures()["events"] >= 3000
+
+
 @pytest.mark.parametrize("engines", [1, 3])
 def test_the_simulator_takes_as_long_as_its_steps(engines: int) -> None:
     rng = np.random.default_rng(engines)

@@ -23,6 +23,7 @@ os.environ.update(
 )
 
 import ray  # noqa: E402
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # noqa: E402
 
 from kimisys.errors import KimisysError  # noqa: E402
 
@@ -36,6 +37,8 @@ def local_cluster(cpus: int) -> Iterator[None]:
             "kimisys.adapters.ray first, or set RAY_AUTH_MODE=token"
         )
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray keeps the token that it has read: that of this process' last cluster
+    AuthenticationTokenLoader.instance().reset_cache()
     # below /tmp whatever TMPDIR says: Ray's socket paths have 107 bytes
     folder = f"/tmp/kimisys-ray-{os.getpid()}-{secrets.token_hex(4)}"
     try:

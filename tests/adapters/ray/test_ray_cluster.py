@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -122,3 +124,17 @@ def test_one_deadline_holds_for_all_of_them() -> None:
         actors.wait(calls)
     assert time.monotonic() - started < 30  # not one second for each answer, on any machine
     actors.close(10)
+
+
+def test_a_process_may_have_one_cluster_after_another() -> None:
+    """Each has a token of its own, and Ray remembers the first that it read."""
+    code = (
+        "from kimisys.adapters.ray import local_cluster\n"
+        "import ray\n"
+        "for cpus in (1, 2):\n"
+        "    with local_cluster(cpus): print(ray.cluster_resources()['CPU'])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert run.stdout.split() == ["1.0", "2.0"]

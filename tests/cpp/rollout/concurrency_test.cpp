@@ -8,6 +8,7 @@
 
 #include "policy_world.h"
 #include "rollout/queue.h"
+#include "rollout/scheduler_world.h"
 
 using namespace kimisys::rollout;
 
@@ -40,7 +41,7 @@ TEST_CASE("concurrency: the peak against sequences that end at random, step by s
   for (int round = 0; round < 20; ++round) {
     PolicyWorld world;
     const Predictor predictor;
-    const EngineId id = world.engine();
+    const EngineId id = world.engine(1 << 20, 1024);
     const int count = round % 4 == 0 ? 600 : 40;  // of very many, some stand for all
     for (int i = 0; i < count; ++i) {
       world.run(world.sample(world.group(1, 50 + draw.below(500)), 0), id, draw.below(4000));
@@ -68,9 +69,11 @@ TEST_CASE("concurrency: the peak against sequences that end at random, step by s
     }
     CHECK(peak(world.state, predictor, world.state.engines[id], more) ==
           doctest::Approx(highest).epsilon(0.12));
-    // Room is exactly where the peak is below what is planned with.
+    // Room is exactly where the peak, and what is held now, are below what is planned with.
     Engine& engine = world.state.engines[id];
-    const double planned = peak(world.state, predictor, engine, more);
+    const double planned =
+        std::max(peak(world.state, predictor, engine, more),
+                 static_cast<double>(engine.kv_tokens + world.state.context(more)));
     engine.kv_capacity = static_cast<std::int64_t>(planned / world.state.config.kv_headroom) + 2;
     CHECK(has_room(world.state, predictor, engine, more));
     engine.kv_capacity -= 4;
@@ -131,5 +134,36 @@ TEST_CASE(
     // Once asked to pause they are not asked again.
     for (const Slot slot : paused) world.state.trajectories[slot].phase = Phase::kPausing;
     CHECK(overflow(world.state, predictor, engine).empty());
+  }
+}
+
+TEST_CASE("concurrency: what an engine says that it holds counts beside what was heard of") {
+  Config config = test::budget(1 << 20);
+  for (const Concurrency concurrency : {Concurrency::kKv, Concurrency::kFixed}) {
+    config.concurrency = concurrency;
+    const bool counts = concurrency == Concurrency::kKv;
+    test::World world(config);
+    world.join(0);  // its cache holds 2^20 tokens
+    world.ready();
+    world.offer(1, 2);
+    world.offer(2);
+    world.time();
+    REQUIRE(world.leases.size() == 3);
+    CHECK(world.stats(0, 33).empty());  // 3 prompts of 10 tokens, and 3 that are on their way
+    CHECK(world.tokens(world.leases[0], 1).empty());
+    CHECK(world.stats(0, 1 << 20).empty());
+    CHECK(world.tokens(world.leases[0], 1) == (counts ? "pause e0 g1.1; pause e0 g2.0" : ""));
+    if (!counts) continue;
+    world.end(world.leases[1], EndReason::kPaused);
+    world.end(world.leases[2], EndReason::kPaused);
+    CHECK(world.leases.size() == 3);  // no room: they wait
+    CHECK(world.stats(0, 12) == "start e0 g1.1 <100; start e0 g2.0 <100");
+    // What an engine held is gone with its last sequence.
+    world.stats(0, 1 << 20);
+    for (const std::size_t one : {0U, 3U, 4U}) world.end(world.leases[one], EndReason::kStop, 1);
+    world.offer(3, 2);
+    world.offer(4, 2);
+    world.time();
+    CHECK(world.scheduler.counts().running == 4);
   }
 }

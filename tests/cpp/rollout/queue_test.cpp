@@ -13,13 +13,13 @@ using namespace kimisys::rollout;
 
 namespace {
 
-std::vector<Slot> drain(const State& state, Queue& queue) {
+std::vector<Slot> drain(Queue& queue) {
   std::vector<Slot> order;
   while (queue.size() > 0) {
-    order.push_back(queue.front(state));
+    order.push_back(queue.front());
     queue.erase(order.back());
   }
-  CHECK(queue.front(state) == kNoSlot);
+  CHECK(queue.front() == kNoSlot);
   CHECK(queue.begun() == 0);
   return order;
 }
@@ -94,7 +94,7 @@ TEST_CASE("queue: every order is a sort, after random pushes, erasures and sibli
     };
     std::sort(inside.begin(), inside.end(),
               [&](Slot left, Slot right) { return key(left) < key(right); });
-    CHECK(drain(world.state, queue) == inside);
+    CHECK(drain(queue) == inside);
   }
 }
 
@@ -111,16 +111,15 @@ TEST_CASE("queue: probes first; a probe's end sends its siblings to where they b
   }
   for (const Slot group : groups) {
     const Slot probe = world.sample(group, 0);
-    CHECK(queue.front(world.state) == probe);
+    CHECK(queue.front() == probe);
     queue.erase(probe);
   }
   world.finish(world.sample(groups[0], 0), 300);
   world.finish(world.sample(groups[1], 0), 2000);
   world.finish(world.sample(groups[2], 0), 8000);
   for (const Slot group : groups) queue.reorder(world.state, predictor, group);
-  CHECK(drain(world.state, queue) == std::vector<Slot>{world.sample(groups[2], 1),
-                                                       world.sample(groups[1], 1),
-                                                       world.sample(groups[0], 1)});
+  CHECK(drain(queue) == std::vector<Slot>{world.sample(groups[2], 1), world.sample(groups[1], 1),
+                                          world.sample(groups[0], 1)});
 }
 
 TEST_CASE("queue: an erasure of what is not in does nothing") {
@@ -153,7 +152,7 @@ TEST_CASE("queue: when the predictor has learned, what was put in before is orde
   }
   world.state.trajectories[world.sample(group, 3)].limit = 4000;
   queue.push(world.state, predictor, world.sample(group, 3));
-  CHECK(queue.front(world.state) == world.sample(group, 3));  // 4,000 against what was a guess
+  CHECK(queue.front() == world.sample(group, 3));  // 4,000 against what was a guess
   queue.reorder(world.state, predictor, group);
-  CHECK(queue.front(world.state) == early);
+  CHECK(queue.front() == early);
 }

@@ -132,6 +132,11 @@ struct World {
     e.version = version;
     return send(e);
   }
+  std::string stats(EngineId engine, std::int64_t kv_tokens) {
+    Event e = event(EventKind::kEngineStats, engine);
+    e.tokens = kv_tokens;
+    return send(e);
+  }
   std::string publish(std::int64_t version) {
     Event e = event(EventKind::kVersionPublished);
     e.version = version;

@@ -303,6 +303,10 @@ TEST_CASE("what is not an iteration of its own groups has no bound") {
   simulation.config.over_issue = 1;
   test::expect_error(ErrorCode::kScheduler, {"evaluations is -1"},
                      [&] { (void)offline(simulation, lots, -1); });
+  // 100 steps of a day are more than ticks can count.
+  simulation.engines[0].step = 80'000;
+  test::expect_error(ErrorCode::kScheduler, {"iteration 1 of 1", "ten days"},
+                     [&] { (void)offline(simulation, Lots{{1, 1}, {100, 1000}, 1, 1000}, 10); });
 }
 
 TEST_CASE("equal arguments give equal schedules, and more evaluations no worse ones") {
