@@ -8,7 +8,7 @@ import pytest
 from bench.repetition.study import PERIODS, alarms, planted
 from bench.repetition.texts import documents
 from bench.repetition.tokens import characters, trained_bpe, utf8_bytes
-from kimisys._core.rollout import RepetitionConfig
+from kimisys.rollout import RepetitionConfig
 
 GENERATED = ("additions", "columns", "tables", "logs")
 
