@@ -9,14 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kimisys.rollout import EngineModel, Simulation, simulate
-from kimisys.rollout.calibration import (
-    TERMS,
-    Calibration,
-    calibrated,
-    non_negative_least_squares,
-)
-from kimisys.rollout.policies import FOREVER
+from kimisys.rollout.calibration import Calibration, calibrated, non_negative_least_squares
+from kimisys.trainer.simulate_calibrate import simulated
 from kimisys.trainer.simulate_run import recorded_run, steps_of, traces
 
 
@@ -42,19 +36,7 @@ def model_of(folder: Path) -> Model:
 def microseconds_per_token(model: Model, folder: Path, warm_steps: int = 1) -> float:
     """Wall time per trained token that the simulator predicts for the run in `folder`."""
     recorded = recorded_run(traces(folder)[0])
-    engine = {term: getattr(model.engine, term) for term in TERMS}
-    engine["step"] += model.engine.between
-    simulation = Simulation(
-        config=recorded.config.replace(lease_timeout=FOREVER),
-        engines=[
-            EngineModel(**engine, kv_capacity=kv, max_sequences=most, update=0.0)
-            for kv, most in recorded.engines
-        ],
-        iterations=len(recorded.rollout_seconds),
-        train_base=model.train_base,
-        train_token=model.train_token,
-    )
-    outcome = simulate(simulation, recorded.lots)
+    outcome = simulated(model.engine, recorded, model.train_base, model.train_token)
     seconds = np.asarray(outcome.rollout_seconds) + np.asarray(outcome.train_seconds)
     tokens = np.asarray(outcome.tokens)
     return float(1e6 * seconds[warm_steps:].sum() / tokens[warm_steps:].sum())

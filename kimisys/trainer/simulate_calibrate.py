@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kimisys.rollout import EngineModel, Simulation, simulate
+from kimisys.rollout import EngineModel, Outcome, Simulation, simulate
 from kimisys.rollout.calibration import TERMS, Calibration, calibrated
 from kimisys.rollout.policies import FOREVER
 from kimisys.rollout.workload import extended
@@ -70,23 +70,34 @@ def calibrate(folder: Path, config: SimulateConfig, console: Console) -> None:
 
 
 def predict(found: Calibration, recorded: RecordedRun) -> Prediction:
-    """Simulate the run's batches with its own configuration, lengths and engines."""
+    """Simulate the run's batches, with the time that passed between them in the mean."""
+    between = float(np.mean(recorded.between_seconds)) if recorded.between_seconds else 0.0
+    outcome = simulated(found, recorded, between)
     batches = len(recorded.rollout_seconds)
-    simulation = Simulation(
-        config=recorded.config.replace(lease_timeout=FOREVER),
-        engines=[EngineModel(**_model(found, recorded, kv, most)) for kv, most in recorded.engines],
-        iterations=batches,
-        train_base=float(np.mean(recorded.between_seconds)) if recorded.between_seconds else 0.0,
-    )
-    # what the run never began may be begun here
-    spare = extended(recorded.lots, 2 * len(recorded.lots.prompt_tokens), seed=1)
-    outcome = simulate(simulation, spare)
     return Prediction(
         batches,
         measured=float(np.sum(recorded.rollout_seconds)),
         simulated=float(np.sum(outcome.rollout_seconds)),
         unfinished=recorded.unfinished,
         begun=recorded.begun,
+    )
+
+
+def simulated(
+    found: Calibration, recorded: RecordedRun, train_base: float, train_token: float = 0.0
+) -> Outcome:
+    """The run's batches, simulated with its own configuration, lengths and engines. train_base,
+    train_token: seconds between two batches, and of them for each trained token."""
+    simulation = Simulation(
+        config=recorded.config.replace(lease_timeout=FOREVER),
+        engines=[EngineModel(**_model(found, recorded, kv, most)) for kv, most in recorded.engines],
+        iterations=len(recorded.rollout_seconds),
+        train_base=train_base,
+        train_token=train_token,
+    )
+    # what the run never began may be begun here
+    return simulate(
+        simulation, extended(recorded.lots, 2 * len(recorded.lots.prompt_tokens), seed=1)
     )
 
 
